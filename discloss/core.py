@@ -89,12 +89,13 @@ class Head(nn.Module):
         if n_in < 1 or n_out < 2: raise ValueError(f"a head needs at least 1 feature and 2 classes, got {n_in} features and {n_out} classes")
         self.n_in,self.n_out = n_in,n_out
 
-# %% ../nbs/00_core.ipynb #9ad11c99
+# %% ../nbs/00_core.ipynb #5e85e10a
 class DiscLoss(nn.Module):
     "Base of all losses: no parameters, no running state; subclasses implement `loss(logits, *extras, targ)`"
     y_int = True      # Targets are class indices: fastai's MixUp and CutMix mix losses, not labels
     extras = ()       # Names of what the loss needs besides logits, in the order in which its head gives them
     head = nn.Linear  # `head(n_in, n_out)` builds the model's last module; a loss on bare logits needs nothing but a linear layer
+    rows = 'feats', 'cosine' # Those extras that have one row for each sample; they are checked like the logits
     separable = True  # Is the loss of a sample independent of the other samples of the batch?
 
     def __init__(self,
@@ -115,16 +116,12 @@ class DiscLoss(nn.Module):
         targ = _plain(targ)
         validating = not extras and not torch.is_grad_enabled()
         if not validating and len(extras) != len(self.extras): raise ValueError(self._wrong_head(len(extras)))
-        # extras whose first dimension is the batch are checked; what belongs to classes (centers) is the loss function's own business
-        rows = {k: v for k,v in zip(self.extras, extras) if k in self.per_sample}
-        self._check(logits, targ, rows)
+        self._check(logits, targ, {k: v for k,v in zip(self.extras, extras) if k in self.rows})
         with torch.autocast(logits.device.type, enabled=False):
             if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
             targ = targ.long()
             losses = F.cross_entropy(logits, targ, reduction='none') if validating else self.loss(logits, *extras, targ)
         return reduce(losses, self.reduction)
-
-    per_sample = 'feats', 'cosine' # Those extras that have one row for each sample
 
     def _check(self, logits, targ, rows):
         key = (logits.shape[1:], logits.device)
