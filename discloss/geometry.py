@@ -4,7 +4,7 @@
 __all__ = ['Moments', 'Reliability', 'geometry_measures', 'get_features', 'class_moments', 'intra_class_variance',
            'inter_class_distance', 'variance_ratio', 'nc1', 'nc2', 'nc3', 'head_weight', 'nearest_mean', 'nc4',
            'cosine_margins', 'ncm_accuracy', 'knn_accuracy', 'reliability', 'calibration_error', 'geometry',
-           'GeometryMetric', 'GeometryCallback']
+           'GeometryCallback']
 
 # %% ../nbs/04_geometry.ipynb #355c3542
 import math
@@ -311,9 +311,8 @@ def geometry(
                 nc4=nan if logits is None else nc4(feats, targ, logits, moments=m), cos_margin=cosine_margins(feats, targ, moments=m).mean().item(),
                 ece=nan if logits is None else calibration_error(F.softmax(logits.double(), 1), targ))
 
-# %% ../nbs/04_geometry.ipynb #0524553e
-class GeometryMetric(ValueMetric):
-    "A column of `GeometryCallback` among the printed metrics"
+# %% ../nbs/04_geometry.ipynb #742ee0a8
+class _Column(ValueMetric): pass # So that the callback knows its own metrics again
 
 class GeometryCallback(Callback):
     "Measure the geometry of the validation features after each epoch: columns of chosen measures, and all of them in `records`"
@@ -337,7 +336,7 @@ class GeometryCallback(Callback):
         "Add the columns"
         self.after_fit() # What an interrupted fit left behind
         self._head() # Say now, not after an epoch, that there is no head
-        self.learn.metrics = self.learn.metrics + [GeometryMetric(partial(self._value, k), k) for k in self.show]
+        self.learn.metrics = self.learn.metrics + [_Column(partial(self._value, k), k) for k in self.show]
     def before_epoch(self): self._fitting = False; self.last.clear()
     def before_train(self): self._fitting = True
     def before_validate(self):
@@ -359,12 +358,12 @@ class GeometryCallback(Callback):
         self._clear()
     def after_fit(self):
         "Take away columns and hook"
-        self.learn.metrics = [o for o in self.learn.metrics if not isinstance(o, GeometryMetric)]
+        self.learn.metrics = [o for o in self.learn.metrics if not isinstance(o, _Column)]
         self._clear()
 
     def _head(self): return find_head(self.learn.model, self.layer)[1]
     def _value(self, k): return self.last.get(k, math.nan)
-    def _see(self, module, args): self._seen.append(args[0])
+    def _see(self, module, args): self._seen[:] = args[:1]
     def _clear(self):
         for h in self._hooks: h.remove()
         for o in self._hooks,self._seen,self._batches: o.clear()
