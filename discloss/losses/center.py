@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['squared_distance', 'center_loss', 'update_centers', 'CenterLoss']
 
-# %% ../../nbs/losses/10_center.ipynb #4913da9f
+# %% ../../nbs/losses/10_center.ipynb #ecdaecbc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import DiscLoss, all_sum, check_inputs, full_precision, reduce
+from ..core import DiscLoss, all_sum, check_inputs, full_precision, reduce_losses
 from ..heads import CenterHead
 
-# %% ../../nbs/losses/10_center.ipynb #a34c1fe9
+# %% ../../nbs/losses/10_center.ipynb #3acfa59a
 @full_precision
 def squared_distance(
     feats:Tensor, # Shape (batch, d), floating point
@@ -32,7 +32,7 @@ def center_loss(
 ) -> Tensor: # A scalar, or shape (batch,)
     "Half the squared distance of each feature to the center of its class"
     # $\frac12\lVert x_i - c_{y_i}\rVert^2$
-    return reduce(squared_distance(feats, targ, centers)/2, reduction)
+    return reduce_losses(squared_distance(feats, targ, centers)/2, reduction)
 
 @torch.no_grad()
 def update_centers(
@@ -49,7 +49,7 @@ def update_centers(
     # $c_j + \alpha\,\frac{\sum_i [y_i=j](x_i-c_j)}{1+n_j}$
     centers.copy_(c + alpha*way[:,:-1]/(1+way[:,-1:]))
 
-# %% ../../nbs/losses/10_center.ipynb #438a70a2
+# %% ../../nbs/losses/10_center.ipynb #ac7b0b32
 class CenterLoss(DiscLoss):
     "Cross-entropy plus `lam` times center loss; the class centers live in the `CenterHead`"
     extras, head = CenterHead.extras, CenterHead
@@ -65,6 +65,7 @@ class CenterLoss(DiscLoss):
 
     def center_term(self, feats, targ, centers): return center_loss(feats, targ, centers, reduction='none')
 
+    @torch.compiler.disable # A compiled backward pass would read the centers after they were moved, and give a wrong gradient
     def loss(self, logits, feats, centers, targ):
         losses = F.cross_entropy(logits, targ, reduction='none') + self.lam*self.center_term(feats, targ, centers)
         if torch.is_grad_enabled(): update_centers(centers, feats, targ, self.alpha)

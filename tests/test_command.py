@@ -1,0 +1,64 @@
+"The command line: help, errors in one sentence, and a comparison that survives being killed."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+command = [str(Path(sys.executable).parent/'discloss_compare')]
+
+def call(*args, cwd, **kwargs):
+    return subprocess.run(command + list(args), cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONWARNINGS': 'ignore'}, **kwargs)
+
+def table(folder): return (folder/'table.md').read_text().split('\n\n')[0]
+
+def test_help(tmp_path):
+    text = ' '.join(call('--help', cwd=tmp_path).stdout.split())
+    for option, default in dict(losses='crossentropy,center,sigma2r', data='digits', epochs='10', seeds='5', bs='64', lr='0.01', out='discloss_out').items():
+        assert f'--{option}' in text and f'(default: {default})' in text, option
+    assert 'not done again' in text
+
+@pytest.mark.parametrize('args, says', [
+    (['--losses', 'centre'], "unknown loss 'centre'"),
+    (['--losses', 'center(lam=-1)'], 'lam must be at least 0, got -1'),
+    (['--data', 'cifra10'], "did you mean 'cifar10'?"),
+    (['--arch', 'resnet99'], "unknown arch 'resnet99'"),
+    (['--epochs', '0'], 'epochs must be at least 1, got 0'),
+    (['--bs', '5000'], 'more than the 1149 training images'),
+    (['--out', 'taken/out'], 'taken'),
+])
+def test_errors(tmp_path, args, says):
+    (tmp_path/'taken').write_text('a file, not a folder')
+    res = call(*args, cwd=tmp_path)
+    assert res.returncode != 0 and says in res.stderr
+    assert 'Traceback' not in res.stderr and len(res.stderr.strip().splitlines()) == 1
+
+def test_killed_and_started_again(tmp_path):
+    "kill -9 in the middle: finished runs are kept to the byte, the rest is done, and the table is that of an undisturbed run"
+    args = ['--epochs', '3', '--seeds', '3', '--out']
+    whole = call(*args, 'whole', cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    proc = subprocess.Popen(command + args + ['killed'], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results, start = tmp_path/'killed'/'results.jsonl', time.time()
+    while not (results.exists() and results.read_bytes().count(b'\n') >= 2):
+        assert proc.poll() is None and time.time()-start < 120
+        time.sleep(0.005)
+    proc.send_signal(signal.SIGKILL)
+    proc.wait()
+    kept = results.read_bytes()
+    assert 2 <= kept.count(b'\n') < 9
+    with open(results, 'ab') as f: f.write(b'{"key": "torn by the ki') # A write that the kill cut off
+    again = call(*args, 'killed', cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert results.read_bytes().startswith(kept) and f'{len(kept.splitlines())} of 9 runs are in' in again.stdout
+    rows = [json.loads(l) for l in results.read_text().splitlines() if 'torn' not in l]
+    assert len(rows) == 9 and len({r['key'] for r in rows}) == 9
+    assert table(tmp_path/'killed') == table(tmp_path/'whole')
+    assert (tmp_path/'killed'/'comparison.png').stat().st_size > 20_000
+
+def test_result_lines_are_complete(tmp_path):
+    res = call('--losses', 'center(lam=0.1)', '--epochs', '2', '--seeds', '1', '--out', 'o', cwd=tmp_path)
+    assert res.returncode == 0, res.stderr
+    row = json.loads((tmp_path/'o'/'results.jsonl').read_text())
+    assert row['label'] == 'center(lam=0.1)' and row['config']['hparams']['lam'] == 0.1 and row['config']['seed'] == 0
+    assert {'torch','fastai','discloss','python'} <= set(row['versions']) and row['device'].startswith(('cpu','NVIDIA')) and row['seconds'] > 0
+    assert len(row['epochs']) == 2 and {'train_loss','valid_loss','accuracy'} <= set(row['epochs'][0])
