@@ -5,7 +5,7 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'device_name', 'run_loss', 'append_result', 'read_results', 'better', 'Comparison', 'compare',
            'discloss_compare']
 
-# %% ../nbs/07_compare.ipynb #bbca5605
+# %% ../nbs/07_compare.ipynb #4d3b83f0
 import ast, hashlib, importlib, json, math, os, pkgutil, platform, random, re, sys, time
 from importlib.metadata import version
 from pathlib import Path
@@ -29,15 +29,15 @@ from . import __version__
 from .bodies import bodies
 from .core import DiscLoss, find_head, with_head
 from .data import ImageTensorLoaders, image_dls
-from .geometry import geometry, get_features, ncm_accuracy
+from .geometry import geometry, get_features, head_weight, ncm_accuracy
 from .plot import plot_curves, plot_features, plot_scores, plot_style
 
-# %% ../nbs/07_compare.ipynb #91e8a210
+# %% ../nbs/07_compare.ipynb #a23f15bf
 def all_losses() -> dict: # Name -> class, in the order of the names
     "Every loss of `discloss.losses`"
     found = {}
     for m in pkgutil.iter_modules(discloss.losses.__path__, 'discloss.losses.'):
-        found |= {c.name.fget(c()): c for c in vars(importlib.import_module(m.name)).values()
+        found |= {c().name: c for c in vars(importlib.import_module(m.name)).values()
                   if isinstance(c, type) and issubclass(c, DiscLoss) and c.__module__ == m.name}
     return dict(sorted(found.items()))
 
@@ -95,16 +95,12 @@ def loss_learner(
     dls.train.rng = random.Random(seed)
     return Learner(dls, model, loss_func=loss, metrics=accuracy, **kwargs)
 
-# %% ../nbs/07_compare.ipynb #1ad78a1e
-class _Epochs(Callback):
-    "Keep what the Recorder says of each epoch, and tell `progress` of it"
+# %% ../nbs/07_compare.ipynb #1f80bf3e
+class _Progress(Callback):
+    "Tell `progress` how many epochs are done"
     order = 60
-    def __init__(self, progress=noop): self.rows,self.progress = [],progress
-    def after_epoch(self):
-        if hasattr(self, 'lr_finder') or hasattr(self, 'gather_preds'): return
-        names = self.recorder.metric_names[1:1+len(self.recorder.log[1:])]
-        self.rows.append({k: v for k,v in zip(names, self.recorder.log[1:]) if isinstance(v, (int,float))})
-        self.progress(len(self.rows))
+    def __init__(self, progress): self.progress = progress
+    def after_epoch(self): self.progress(self.epoch+1)
 
 def versions() -> dict: # Of what decides a result
     "Versions of Python and of the packages that matter"
@@ -130,16 +126,16 @@ def run_loss(
     "Train with one loss and one seed; validate after each epoch, and test once at the end"
     learn = loss_learner(loss, dls, arch, n_feats, seed, wd=wd)
     learn.remove_cbs(ProgressCallback)
-    learn.logger, log, start = noop, _Epochs(progress), time.perf_counter()
-    learn.fit_one_cycle(epochs, lr, cbs=log)
+    learn.logger, start = noop, time.perf_counter()
+    learn.fit_one_cycle(epochs, lr, cbs=_Progress(progress))
     seconds = time.perf_counter()-start
+    rows = [dict(zip(learn.recorder.metric_names[1:-1], values)) for values in learn.recorder.values] # Without the epoch's number and its time
     feats, logits, targ = get_features(learn.model, dls.test)
-    head = find_head(learn.model)[1]
-    weight = getattr(getattr(head, 'fc', head), 'weight', None)
+    weight = head_weight(find_head(learn.model)[1])
     train_feats, _, train_targ = get_features(learn.model, dls.train.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch))
     test = dict(accuracy=(logits.argmax(1) == targ).float().mean().item(), loss=torch.nn.functional.cross_entropy(logits, targ).item(),
-                ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, None if weight is None else weight.detach().cpu()))
-    return dict(valid=log.rows[-1], test=test, epochs=log.rows, seconds=seconds, parameters=sum(p.numel() for p in learn.model.parameters())), (feats, logits, targ)
+                ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, weight))
+    return dict(valid=rows[-1], test=test, epochs=rows, seconds=seconds, parameters=sum(p.numel() for p in learn.model.parameters())), (feats, logits, targ)
 
 # %% ../nbs/07_compare.ipynb #7494dbf8
 def _plain(o):
@@ -173,7 +169,7 @@ def read_results(
 
 def _key(config): return hashlib.sha1(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/07_compare.ipynb #08147aae
+# %% ../nbs/07_compare.ipynb #b82ced6b
 measures = { # Where it is in a result, heading, format, and whether more is better (None: neither)
     ('test','accuracy'):       ('test accuracy',   '.4f', True),
     ('valid','accuracy'):      ('valid accuracy',  '.4f', True),
@@ -256,8 +252,9 @@ class Comparison:
             a, b, c = bottom.subplots(1, 3)
             epochs = {k: np.array([[e['accuracy'] for e in r['epochs']] for r in self.results if r['label'] == k]) for k in self.labels}
             plot_curves(epochs, ylabel='validation accuracy', ax=a)
-            plot_scores({k: self.values(k, 'test', 'accuracy') for k in self.labels}, xlabel='test accuracy', ax=b)
-            plot_scores({k: self.values(k, 'test', 'variance_ratio') for k in self.labels}, xlabel='variance ratio (less is more compact)', ax=c)
+            for ax,measure,xlabel in ((b,'accuracy','test accuracy'), (c,'variance_ratio','variance ratio (less is more compact)')):
+                values = {k: [v for v in self.values(k, 'test', measure) if math.isfinite(v)] for k in self.labels}
+                plot_scores({k: v for k,v in values.items() if v}, xlabel=xlabel, ax=ax)
         plt.close(fig) # Shown once, as the value of a cell
         return fig
 
@@ -271,10 +268,10 @@ def _mean_std(v, fmt):
     v = np.asarray(v, float)
     return format(v.mean(), fmt) + (f' ± {format(v.std(ddof=1), fmt)}' if len(v) > 1 else '')
 
-# %% ../nbs/07_compare.ipynb #e830870e
+# %% ../nbs/07_compare.ipynb #29657286
 def _fingerprint(dls):
     "Numbers that change when the images or the splits do"
-    return [[len(dl.dataset), *dl.dataset.x.shape[1:], int(dl.dataset.x.long().sum() if len(dl.dataset) < 5000 else dl.dataset.x[::50].long().sum()), int((dl.dataset.y*torch.arange(len(dl.dataset), device=dl.dataset.y.device)).sum())] for dl in dls]
+    return [[*d.x.shape, int(d.x[::50].long().sum()), int((d.y*torch.arange(len(d), device=d.y.device)).sum())] for d in (dl.dataset for dl in dls)]
 
 def _save_feats(f, feats, targ, most=2000):
     "A part of the test features, for pictures, so that a file is whole or not there"
@@ -308,18 +305,16 @@ def compare(
     for name,ok,wants in (('losses', len(losses) > 0, 'at least one'), ('epochs', epochs >= 1, 'at least 1'), ('seeds', len(seeds) > 0, 'at least 1'), ('lr', lr > 0, 'positive'),
                           ('n_feats', n_feats is None or n_feats >= 1, 'at least 1')):
         if not ok: raise ValueError(f"{name} must be {wants}, got {dict(losses=losses, epochs=epochs, seeds=seeds, lr=lr, n_feats=n_feats)[name]}")
-    if arch is None: arch = default_arch.get(str(data), 'small_body')
+    if arch is None: arch = default_arch.get(getattr(data, 'name', str(data)), 'small_body')
     if isinstance(arch, str) and arch not in bodies: raise ValueError(f"unknown arch {arch!r}; known are {', '.join(bodies)}")
     if out is not None:
         out = Path(out)
         (out/'features').mkdir(parents=True, exist_ok=True)
         open(out/'results.jsonl', 'ab').close() # A folder that cannot be written is found now, not after the first run
     dls = data if isinstance(data, ImageTensorLoaders) else image_dls(data, bs=bs, device=device, **data_kwargs)
-    data = 'loaders' if isinstance(data, ImageTensorLoaders) else str(data)
-    if dls.train.bs != bs and data == 'loaders': bs = dls.train.bs
     augment = [{k: v for k,v in vars(t).items() if k in ('pad','flip')} for t in dls.train.after_batch.fs if hasattr(t, 'pad')]
-    base = dict(data=data, fingerprint=_fingerprint(dls), n=[len(dl.dataset) for dl in dls], augment=augment, arch=arch if isinstance(arch, str) else getattr(arch, '__qualname__', str(arch)),
-                n_feats=n_feats, epochs=epochs, bs=bs, lr=lr, wd=wd)
+    base = dict(data=dls.name, fingerprint=_fingerprint(dls), n=[len(dl.dataset) for dl in dls], augment=augment, arch=arch if isinstance(arch, str) else getattr(arch, '__qualname__', str(arch)),
+                n_feats=n_feats, epochs=epochs, bs=dls.train.bs, lr=lr, wd=wd)
     plan = []
     for seed in seeds:
         for label,loss in losses.items():
@@ -333,7 +328,8 @@ def compare(
     for i,(label,loss,config,key) in enumerate(todo):
         def progress(epoch):
             if bar: bar.comment = f'{label}, seed {config["seed"]}'; bar.update(i*epochs+epoch)
-        result, (f,_,t) = run_loss(loss, dls, arch, n_feats, epochs, lr, wd, config['seed'], progress)
+        try: result, (f,_,t) = run_loss(loss, dls, arch, n_feats, epochs, lr, wd, config['seed'], progress)
+        except ValueError as e: raise ValueError(f"{label}, seed {config['seed']}: {e}") from e
         done[key] = dict(key=key, label=label, config=config, versions=versions(), device=device_name(dls.device), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **result)
         if out is not None:
             _save_feats(out/'features'/f'{key}.npz', f, t)

@@ -89,7 +89,7 @@ class Head(nn.Module):
         if n_in < 1 or n_out < 2: raise ValueError(f"a head needs at least 1 feature and 2 classes, got {n_in} features and {n_out} classes")
         self.n_in,self.n_out = n_in,n_out
 
-# %% ../nbs/00_core.ipynb #046e5d18
+# %% ../nbs/00_core.ipynb #363f193b
 class DiscLoss(nn.Module):
     "Base of all losses: no parameters, no running state; subclasses implement `loss(logits, *extras, targ)`"
     y_int = True      # Targets are class indices: fastai's MixUp and CutMix mix losses, not labels
@@ -97,6 +97,7 @@ class DiscLoss(nn.Module):
     head = nn.Linear  # `head(n_in, n_out)` builds the model's last module; a loss on bare logits needs nothing but a linear layer
     rows = 'feats', 'cosine' # Those extras that have one row for each sample; they are checked like the logits
     separable = True  # Is the loss of a sample independent of the other samples of the batch?
+    pairs = False     # Does it compare the samples of a batch with each other? Then each process of distributed training compares its own
 
     def __init__(self,
         reduction:str='mean', # 'mean', 'sum' or 'none'

@@ -171,7 +171,7 @@ class TensorDL(TfmdDL):
         super().to(device)
         self.dataset.to(device)
 
-# %% ../nbs/03_data.ipynb #5dcdcfd2
+# %% ../nbs/03_data.ipynb #a3f293b8
 def to_pixels(
     o:str|Path|Image.Image|np.ndarray|Tensor, # A path, a PIL image, or uint8 values: array (h, w[, channels]), tensor ([channels,] h, w)
     channels:int=3, # 1 or 3
@@ -195,6 +195,7 @@ def to_pixels(
 
 class ImageTensorLoaders(DataLoaders):
     "fastai `DataLoaders` of `ImageTensors`: `train`, `valid` and `test`"
+    name = 'images' # What the set is called in results
     @property
     def test(self): return self.loaders[2]
     @property
@@ -213,7 +214,7 @@ class ImageTensorLoaders(DataLoaders):
         if ys is not None: ys = torch.tensor([ds.vocab.o2i[y] if isinstance(y, str) else int(y) for y in ys], device=x.device)
         return self.valid.new(ImageTensors(x, ys, ds.vocab), **{'num_workers': 0, **kwargs})
 
-# %% ../nbs/03_data.ipynb #af80af3d
+# %% ../nbs/03_data.ipynb #560b712a
 def _from_folder(path, size, channels, seed):
     "Arrays and class names of a folder of images"
     train = path/'train' if (path/'train').is_dir() else path
@@ -278,10 +279,10 @@ def image_dls(
     if valid_pct is not None and not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     device = torch.device(device) if device is not None else default_device()
     if Path(name).is_dir():
-        path, preset = Path(name), dict(valid_pct=0.2, pad=(size or 64)//8, flip=True)
-        arrays, vocab = _from_folder(path, size or 64, channels or 3, seed)
+        preset = dict(valid_pct=0.2, pad=(size or 64)//8, flip=True)
+        arrays, vocab = _from_folder(Path(name), size or 64, channels or 3, seed)
     else:
-        path, preset = data_root(root), image_sets.get(name, dict(valid_pct=0.2, pad=0, flip=False))
+        preset = image_sets.get(name, dict(valid_pct=0.2, pad=0, flip=False))
         arrays, vocab = load_arrays(str(name), root)
     valid_pct,pad,flip = (preset[k] if v is None else v for k,v in dict(valid_pct=valid_pct, pad=pad, flip=flip).items())
     if 'x_valid' not in arrays: arrays = _carve(arrays, 'valid', valid_pct, seed)
@@ -294,4 +295,6 @@ def image_dls(
     tfms = [IntToFloatTensor(), Normalize.from_stats(*(channel_stats(dss[0].x) if stats is None else stats), cuda=False)]
     if pad or flip: tfms.insert(0, CropFlip(pad, flip))
     dls = [TensorDL(ds, bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0, after_batch=tfms, device=device) for i,ds in enumerate(dss)]
-    return ImageTensorLoaders(*dls, path=path if path.is_dir() else '.', device=device)
+    res = ImageTensorLoaders(*dls, device=device)
+    res.name = Path(name).resolve().name if Path(name).is_dir() else str(name)
+    return res

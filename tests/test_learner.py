@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Adam, ClassificationInterpretation, CutMix, Learner, MixUp, SGD, accuracy, set_seed)
-from torchvision.models import resnet18
+from fastai.vision.all import ClassificationInterpretation, CutMix, Learner, MixUp, SGD, accuracy, set_seed
+from torchvision.models import ResNet18_Weights, resnet18
 
 from discloss.compare import all_losses
-from discloss.core import disc_learner, find_head, with_head
+from discloss.core import disc_learner, with_head
 from discloss.data import image_dls
 from discloss.losses.sigma2r import Sigma2RLoss
 
@@ -82,3 +82,17 @@ def test_disc_learner(dls, name):
     lrs = [o['lr'] for o in learn.opt.hypers]
     assert lrs[0] < lrs[1] < lrs[2]
     assert np.isfinite(learn.validate()[0])
+
+def test_pretrained(dls, tmp_path, monkeypatch):
+    "Pretrained weights arrive in the body, which starts frozen (the file that torchvision would download is put in its place)"
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    file = tmp_path/'hub'/'checkpoints'/ResNet18_Weights.DEFAULT.url.split('/')[-1]
+    file.parent.mkdir(parents=True)
+    torch.manual_seed(7)
+    torch.save(resnet18().state_dict(), file)
+    want = torch.load(file, weights_only=True)['conv1.weight']
+    learn = quiet(disc_learner(dls, resnet18, Sigma2RLoss()))
+    assert torch.equal(learn.model[0][0].weight.cpu(), want)
+    assert [all(p.requires_grad for p in g if p.ndim > 1) for g in learn.opt.param_lists] == [False, False, True]
+    learn.fine_tune(1, 1e-3)
+    assert np.isfinite(learn.validate()[0]) and not torch.equal(learn.model[0][0].weight.cpu(), want)
