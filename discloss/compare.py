@@ -5,8 +5,8 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'device_name', 'run_loss', 'append_result', 'read_results', 'better', 'Comparison', 'compare',
            'discloss_compare']
 
-# %% ../nbs/07_compare.ipynb #4d3b83f0
-import ast, hashlib, importlib, json, math, os, pkgutil, platform, random, re, sys, time
+# %% ../nbs/07_compare.ipynb #7b335584
+import ast, hashlib, importlib, json, math, os, pkgutil, platform, random, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .data import ImageTensorLoaders, image_dls
 from .geometry import geometry, get_features, head_weight, ncm_accuracy
 from .plot import plot_curves, plot_features, plot_scores, plot_style
 
-# %% ../nbs/07_compare.ipynb #a23f15bf
+# %% ../nbs/07_compare.ipynb #677d1a3d
 def all_losses() -> dict: # Name -> class, in the order of the names
     "Every loss of `discloss.losses`"
     found = {}
@@ -46,16 +46,16 @@ def parse_loss(
 ) -> DiscLoss:
     "The loss that a spec names; raises `ValueError` with what can be said instead"
     known = all_losses()
-    match = re.fullmatch(r'\s*(\w+)\s*(?:\((.*)\))?\s*', spec)
-    if not match or match[1] not in known: raise ValueError(f"unknown loss {spec!r}; known are {', '.join(known)}, with hyper-parameters like center(lam=0.01)")
-    kwargs = {}
-    for part in filter(str.strip, (match[2] or '').split(',')):
-        key, eq, value = (o.strip() for o in part.partition('='))
-        names = list(known[match[1]]().hparams)
-        if not eq or key not in names: raise ValueError(f"in the loss {spec!r}, {part.strip()!r} must be name=value with a name of {', '.join(names)}")
-        try: kwargs[key] = ast.literal_eval(value)
-        except (ValueError,SyntaxError): kwargs[key] = value
-    try: return known[match[1]](**kwargs)
+    try: call = ast.parse(spec.strip(), mode='eval').body
+    except SyntaxError: call = None
+    func, keywords = (call.func, call.keywords) if isinstance(call, ast.Call) and not call.args else (call, [])
+    name = getattr(func, 'id', None)
+    if name not in known: raise ValueError(f"unknown loss {spec!r}; known are {', '.join(known)}, with hyper-parameters like center(lam=0.01)")
+    names, kwargs = list(known[name]().hparams), {}
+    for k in keywords:
+        if k.arg not in names: raise ValueError(f"the loss {name} has no hyper-parameter {k.arg!r}; it has {', '.join(names)}")
+        kwargs[k.arg] = k.value.id if isinstance(k.value, ast.Name) and k.value.id not in ('True','False','None') else ast.literal_eval(k.value)
+    try: return known[name](**kwargs)
     except TypeError as e: raise ValueError(f"the loss {spec!r} cannot be made: {e}") from e
 
 def loss_label(
@@ -71,7 +71,10 @@ def parse_losses(
 ) -> dict: # Label -> loss
     "Losses by label"
     if isinstance(losses, dict): return losses
-    if isinstance(losses, str): losses = list(all_losses()) if losses == 'all' else re.split(r',(?![^(]*\))', losses)
+    if losses == 'all': losses = list(all_losses())
+    if isinstance(losses, str):
+        try: losses = [ast.unparse(o) for o in ast.parse(f'({losses},)', mode='eval').body.elts] if losses.strip() else []
+        except SyntaxError as e: raise ValueError(f"cannot read the losses {losses!r}: write names separated by commas, with hyper-parameters like center(lam=0.01)") from e
     losses = [parse_loss(o) if isinstance(o, str) else o for o in ([losses] if isinstance(losses, DiscLoss) else losses)]
     if not losses: raise ValueError(f"no loss given; known are {', '.join(all_losses())}")
     return {loss_label(o): o for o in losses}
@@ -268,7 +271,7 @@ def _mean_std(v, fmt):
     v = np.asarray(v, float)
     return format(v.mean(), fmt) + (f' ± {format(v.std(ddof=1), fmt)}' if len(v) > 1 else '')
 
-# %% ../nbs/07_compare.ipynb #29657286
+# %% ../nbs/07_compare.ipynb #9e45dab8
 def _fingerprint(dls):
     "Numbers that change when the images or the splits do"
     return [[*d.x.shape, int(d.x[::50].long().sum()), int((d.y*torch.arange(len(d), device=d.y.device)).sum())] for d in (dl.dataset for dl in dls)]
@@ -312,6 +315,9 @@ def compare(
         (out/'features').mkdir(parents=True, exist_ok=True)
         open(out/'results.jsonl', 'ab').close() # A folder that cannot be written is found now, not after the first run
     dls = data if isinstance(data, ImageTensorLoaders) else image_dls(data, bs=bs, device=device, **data_kwargs)
+    for label,loss in losses.items(): # A head that does not fit is found now
+        try: loss_learner(loss, dls, arch, n_feats)
+        except ValueError as e: raise ValueError(f"{label}: {e}") from e
     augment = [{k: v for k,v in vars(t).items() if k in ('pad','flip')} for t in dls.train.after_batch.fs if hasattr(t, 'pad')]
     base = dict(data=dls.name, fingerprint=_fingerprint(dls), n=[len(dl.dataset) for dl in dls], augment=augment, arch=arch if isinstance(arch, str) else getattr(arch, '__qualname__', str(arch)),
                 n_feats=n_feats, epochs=epochs, bs=dls.train.bs, lr=lr, wd=wd)

@@ -47,7 +47,7 @@ def all_sum(
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(t)
     return t
 
-# %% ../nbs/00_core.ipynb #5d59c8e2
+# %% ../nbs/00_core.ipynb #cffa8309
 def check_inputs(
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
     n_out:int|None=None, # Number of classes; None leaves the upper range of labels unchecked
@@ -73,6 +73,7 @@ def check_inputs(
         upper = 'at least 0' if n_out is None else f'in 0..{n_out-1} ({n_out} classes)'
         raise ValueError(f"targets must be {upper}, got {lo.item() if lo < 0 else hi.item()}")
     for name,x in inputs.items():
+        if x.detach().sum().isfinite(): continue # One pass; a sum can overflow, so only the count decides
         bad = x.numel() - x.isfinite().sum().item()
         if bad: raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {x.numel()} values: "
                                  "look at the input images, or lower the learning rate if training diverged")
@@ -167,7 +168,7 @@ def find_head(
         if found: return found[-1]
     raise ValueError(f"{type(model).__name__} has no nn.Linear to replace: name its classifier with layer=..., or give a body with the attribute n_feats")
 
-# %% ../nbs/00_core.ipynb #5cb07b3e
+# %% ../nbs/00_core.ipynb #7f25b4f1
 def with_head(
     model:nn.Module, # A classifier (torchvision, timm, home-made), or a body with the attribute `n_feats`; it is not changed
     loss:DiscLoss, # The loss whose head is wanted
@@ -183,10 +184,10 @@ def with_head(
     name, old = find_head(model, layer)
     n_in = getattr(old, 'n_in', getattr(old, 'in_features', None))
     if n_in is None: raise ValueError(f"cannot tell how many features {name!r} ({type(old).__name__}) takes: replace an nn.Linear or a Head")
-    head, like = loss.head(n_in, n_out), next(old.parameters())
+    head, like = loss.head(n_in, n_out), next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     new_fc, old_fc = (getattr(m, 'fc', m) for m in (head, old))
     if _shapes(new_fc) == _shapes(old_fc): new_fc.load_state_dict(old_fc.state_dict())
-    head.to(like.device, like.dtype)
+    if like is not None: head.to(like.device, like.dtype)
     if name == '': return head
     parent,_,child = name.rpartition('.')
     setattr(model.get_submodule(parent), child, head)
