@@ -19,7 +19,7 @@ def test_mnist():
     assert [len(dl.dataset) for dl in dls] == [3000, 6000, 10000] and tuple(dls.one_batch()[0].shape) == (64,1,28,28)
     learn = Learner(dls, with_head(small_body(), CenterLoss(), dls.c), loss_func=CenterLoss(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(1, 1e-2)
+        learn.fit_one_cycle(3, 1e-2)
         assert learn.validate()[1] > 0.9
 
 @pytest.mark.skipif(not have('cifar10.npz', 'cifar-10-batches-py'), reason='DISCLOSS_DATA has no CIFAR-10')
