@@ -1,5 +1,5 @@
 "Make README.md from nbs/index.ipynb, with its figures in index_files/, where Quarto (`nbdev_readme`) is absent."
-import re, sys
+import re
 from pathlib import Path
 
 import nbformat

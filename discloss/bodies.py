@@ -4,9 +4,7 @@
 __all__ = ['bodies', 'Body', 'small_body', 'lenetpp', 'Residual', 'resnet9', 'resnet18_cifar']
 
 # %% ../nbs/02_bodies.ipynb #7293daa1
-import torch
 import torch.nn as nn
-from torch import Tensor
 from torchvision import models
 
 # %% ../nbs/02_bodies.ipynb #4bf2830a

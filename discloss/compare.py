@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import Learner # The Learner, with `fit_one_cycle`
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import set_seed
 from fastcore.basics import noop
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
@@ -236,8 +236,8 @@ class Comparison:
         return (f"{c['data']}: {c['n'][0]:,} training, {c['n'][1]:,} validation, {c['n'][2]:,} test images; {c['arch']}, {c['n_feats'] or 'default'} features; "
                 f"{c['epochs']} epochs, batch {c['bs']}, lr {c['lr']:g}; seeds {', '.join(map(str, seeds))}\n"
                 f"on {' and '.join(devices)}; " + ', '.join(f'{k} {v}' for k,v in r['versions'].items()) + "\n"
-                f"seconds to train once: " + ', '.join(f'{k} {v:.1f}' for k,v in fits.items()) + "\n"
-                f"mean ± standard deviation over seeds; * better than every other loss in the column by more than the noise (paired t-test over seeds, p < 0.05)")
+                "seconds to train once: " + ', '.join(f'{k} {v:.1f}' for k,v in fits.items()) + "\n"
+                "mean ± standard deviation over seeds; * better than every other loss in the column by more than the noise (paired t-test over seeds, p < 0.05)")
 
     def plot(self) -> plt.Figure: # Features of each loss above, learning curves and scores below
         "The picture: test features of the first seed, validation accuracy by epoch, test accuracy and variance ratio of each seed"

@@ -6,7 +6,7 @@ __all__ = ['checks', 'Case', 'stateless', 'head_outputs', 'trains', 'validation'
            'compiles', 'no_synchronisation', 'check_loss']
 
 # %% ../nbs/06_contract.ipynb #d75f7809
-import pickle, random, subprocess, sys, tempfile
+import pickle, subprocess, sys, tempfile
 from copy import deepcopy
 from pathlib import Path
 

@@ -1,7 +1,4 @@
 "Real image sets from files, where `DISCLOSS_DATA` has them."
-import os
-from pathlib import Path
-
 import pytest
 from fastai.vision.all import Learner, accuracy, set_seed
 
