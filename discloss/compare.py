@@ -5,8 +5,8 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'device_name', 'run_loss', 'append_result', 'read_results', 'better', 'Comparison', 'compare',
            'discloss_compare']
 
-# %% ../nbs/07_compare.ipynb #7b335584
-import ast, hashlib, importlib, json, math, os, pkgutil, platform, random, sys, time
+# %% ../nbs/07_compare.ipynb #898f8452
+import ast, errno, hashlib, importlib, json, math, os, pkgutil, platform, random, sys, time, zipfile, zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fastai.callback.schedule import Learner # The Learner, with `fit_one_cycle`
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
+from fastcore.foundation import L
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import ttest_rel
@@ -27,12 +28,12 @@ from scipy.stats import ttest_rel
 import discloss.losses
 from . import __version__
 from .bodies import bodies
-from .core import DiscLoss, find_head, with_head
+from .core import DiscLoss, check_inputs, find_head, with_head
 from .data import ImageTensorLoaders, image_dls
 from .geometry import geometry, get_features, head_weight, ncm_accuracy
 from .plot import plot_curves, plot_features, plot_scores, plot_style
 
-# %% ../nbs/07_compare.ipynb #677d1a3d
+# %% ../nbs/07_compare.ipynb #d4d89f53
 def all_losses() -> dict: # Name -> class, in the order of the names
     "Every loss of `discloss.losses`"
     found = {}
@@ -47,14 +48,16 @@ def parse_loss(
     "The loss that a spec names; raises `ValueError` with what can be said instead"
     known = all_losses()
     try: call = ast.parse(spec.strip(), mode='eval').body
-    except SyntaxError: call = None
+    except (SyntaxError, ValueError, RecursionError, MemoryError): call = None # Python's answers to what is no expression, holds a null byte, or is nested too deeply
     func, keywords = (call.func, call.keywords) if isinstance(call, ast.Call) and not call.args else (call, [])
     name = getattr(func, 'id', None)
     if name not in known: raise ValueError(f"unknown loss {spec!r}; known are {', '.join(known)}, with hyper-parameters like center(lam=0.01)")
     names, kwargs = list(known[name]().hparams), {}
     for k in keywords:
         if k.arg not in names: raise ValueError(f"the loss {name} has no hyper-parameter {k.arg!r}; it has {', '.join(names)}")
-        kwargs[k.arg] = k.value.id if isinstance(k.value, ast.Name) and k.value.id not in ('True','False','None') else ast.literal_eval(k.value)
+        try: kwargs[k.arg] = k.value.id if isinstance(k.value, ast.Name) and k.value.id not in ('True','False','None') else ast.literal_eval(k.value)
+        except (ValueError, TypeError, RecursionError, MemoryError) as e:
+            raise ValueError(f"{k.arg} must be a plain value, such as 0.01, True, None or a word, got {ast.unparse(k.value)!r} in the loss {spec!r}") from e
     try: return known[name](**kwargs)
     except TypeError as e: raise ValueError(f"the loss {spec!r} cannot be made: {e}") from e
 
@@ -71,12 +74,14 @@ def parse_losses(
 ) -> dict: # Label -> loss
     "Losses by label"
     if isinstance(losses, dict): return losses
-    if losses == 'all': losses = list(all_losses())
+    if isinstance(losses, str) and losses == 'all': losses = list(all_losses())
     if isinstance(losses, str):
         try: losses = [ast.unparse(o) for o in ast.parse(f'({losses},)', mode='eval').body.elts] if losses.strip() else []
-        except SyntaxError as e: raise ValueError(f"cannot read the losses {losses!r}: write names separated by commas, with hyper-parameters like center(lam=0.01)") from e
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as e: raise ValueError(f"cannot read the losses {losses[:200]!r}: write names separated by commas, with hyper-parameters like center(lam=0.01)") from e
     losses = [parse_loss(o) if isinstance(o, str) else o for o in ([losses] if isinstance(losses, DiscLoss) else losses)]
     if not losses: raise ValueError(f"no loss given; known are {', '.join(all_losses())}")
+    strange = [o for o in losses if not isinstance(o, DiscLoss)]
+    if strange: raise TypeError(f"losses must be names or instances of DiscLoss, got {strange[0]!r}")
     return {loss_label(o): o for o in losses}
 
 # %% ../nbs/07_compare.ipynb #340f39c5
@@ -98,7 +103,7 @@ def loss_learner(
     dls.train.rng = random.Random(seed)
     return Learner(dls, model, loss_func=loss, metrics=accuracy, **kwargs)
 
-# %% ../nbs/07_compare.ipynb #1f80bf3e
+# %% ../nbs/07_compare.ipynb #909e7313
 class _Progress(Callback):
     "Tell `progress` how many epochs are done"
     order = 60
@@ -125,12 +130,13 @@ def run_loss(
     wd:float|None=None, # Weight decay; None: fastai's 0.01
     seed:int=0, # See `loss_learner`
     progress=noop, # Called with the number of epochs that are done
+    cbs=None, # Callbacks for this run
 ) -> tuple: # The results as a dict of plain values, and the test set's (feats, logits, targ)
     "Train with one loss and one seed; validate after each epoch, and test once at the end"
     learn = loss_learner(loss, dls, arch, n_feats, seed, wd=wd)
     learn.remove_cbs(ProgressCallback)
     learn.logger, start = noop, time.perf_counter()
-    learn.fit_one_cycle(epochs, lr, cbs=_Progress(progress))
+    learn.fit_one_cycle(epochs, lr, cbs=[_Progress(progress), *L(cbs)])
     seconds = time.perf_counter()-start
     rows = [dict(zip(learn.recorder.metric_names[1:-1], values)) for values in learn.recorder.values] # Without the epoch's number and its time
     feats, logits, targ = get_features(learn.model, dls.test)
@@ -140,7 +146,7 @@ def run_loss(
                 ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, weight))
     return dict(valid=rows[-1], test=test, epochs=rows, seconds=seconds, parameters=sum(p.numel() for p in learn.model.parameters())), (feats, logits, targ)
 
-# %% ../nbs/07_compare.ipynb #7494dbf8
+# %% ../nbs/07_compare.ipynb #7276ea48
 def _plain(o):
     "Only what JSON knows: NaN and infinity become null"
     if isinstance(o, dict): return {str(k): _plain(v) for k,v in o.items()}
@@ -153,11 +159,17 @@ def append_result(
     path:Path, # The file; made if it is not there
     row:dict, # One result
 ):
-    "Append one line of JSON by one write, and wait until it is on the disk"
+    "Append one line of JSON by one write, and wait until it is on the disk; an `OSError` leaves the file as it was"
     with open(path, 'a+b', buffering=0) as f:
-        torn = f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n'
-        f.write(b'\n'*torn + (json.dumps(_plain(row), allow_nan=False)+'\n').encode())
-        os.fsync(f.fileno())
+        end = f.seek(0, os.SEEK_END)
+        torn = end and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n'
+        line = b'\n'*torn + (json.dumps(_plain(row), allow_nan=False)+'\n').encode()
+        try:
+            if f.write(line) < len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(end)
+            raise
 
 def read_results(
     path:Path, # A file that `append_result` wrote; need not be there
@@ -166,13 +178,19 @@ def read_results(
     rows = {}
     for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines() if Path(path).is_file() else []:
         try: row = json.loads(line)
-        except json.JSONDecodeError: continue
-        if isinstance(row, dict) and 'key' in row: rows[row['key']] = row
+        except (ValueError, RecursionError): continue
+        if isinstance(row, dict) and isinstance(row.get('key'), str): rows[row['key']] = row
     return rows
 
 def _key(config): return hashlib.sha1(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/07_compare.ipynb #b82ced6b
+def _complete(row):
+    "Does a result have all that a table and a picture need, and the key of its own config?"
+    try: return (row['key'] == _key(row['config']) and len(row['epochs']) == row['config']['epochs'] and all('accuracy' in e for e in row['epochs']) and row['seconds'] > 0
+                 and all(isinstance(row[k], dict) for k in ('valid','test','versions')) and isinstance(row['device'], str))
+    except (KeyError, TypeError): return False
+
+# %% ../nbs/07_compare.ipynb #f7796dbd
 measures = { # Where it is in a result, heading, format, and whether more is better (None: neither)
     ('test','accuracy'):       ('test accuracy',   '.4f', True),
     ('valid','accuracy'):      ('valid accuracy',  '.4f', True),
@@ -264,28 +282,40 @@ class Comparison:
     def _repr_markdown_(self): return _markdown(self.table())
 
 def _markdown(df):
-    rows = [[df.index.name, *df.columns], ['---']*(len(df.columns)+1), *([k, *v] for k,v in zip(df.index, df.values))]
+    names = [str(k).replace('|', '\\|').replace('\n', ' ') for k in df.index]
+    rows = [[df.index.name, *df.columns], ['---']*(len(df.columns)+1), *([k, *v] for k,v in zip(names, df.values))]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
 def _mean_std(v, fmt):
     v = np.asarray(v, float)
     return format(v.mean(), fmt) + (f' ± {format(v.std(ddof=1), fmt)}' if len(v) > 1 else '')
 
-# %% ../nbs/07_compare.ipynb #9e45dab8
+# %% ../nbs/07_compare.ipynb #398b888d
 def _fingerprint(dls):
     "Numbers that change when the images or the splits do"
     return [[*d.x.shape, int(d.x[::50].long().sum()), int((d.y*torch.arange(len(d), device=d.y.device)).sum())] for d in (dl.dataset for dl in dls)]
 
-def _save_feats(f, feats, targ, most=2000):
-    "A part of the test features, for pictures, so that a file is whole or not there"
-    part = f.with_name(f'{f.stem}.part.npz')
-    np.savez_compressed(part, feats=feats[:most].half().numpy(), targ=targ[:most].numpy())
-    os.replace(part, f)
-
-def _load_feats(f):
+def _write_whole(path, write):
+    "`write(part)` makes a file beside `path` that then takes its place, so that `path` is the old file or the new one, never half of it"
+    part = path.with_name(f'{path.stem}.part{path.suffix}')
     try:
-        with np.load(f, allow_pickle=False) as z: return torch.from_numpy(z['feats']).float(), torch.from_numpy(z['targ']).long()
-    except (OSError, ValueError, KeyError, EOFError): return None
+        write(part)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+def _save_feats(f, feats, targ, most=2000):
+    "A part of the test features, for pictures"
+    _write_whole(f, lambda part: np.savez_compressed(part, feats=feats[:most].half().numpy(), targ=targ[:most].numpy()))
+
+def _load_feats(f, n_out):
+    "What `_save_feats` wrote; None if it is not there, or not whole"
+    try:
+        with np.load(f, allow_pickle=False) as z: feats, targ = torch.from_numpy(z['feats']).float(), torch.from_numpy(z['targ']).long()
+        check_inputs(targ, n_out=n_out, feats=feats)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error): return None
+    return feats, targ
+
+def _describe(cb): return {type(cb).__name__: {k: v for k,v in vars(cb).items() if isinstance(v, (str,int,float,bool,type(None)))}}
 
 def compare(
     losses='crossentropy,center,sigma2r', # 'all', comma-separated specs like `center(lam=0.01)`, a list of specs or losses, or a dict of label -> loss
@@ -300,23 +330,32 @@ def compare(
     out:str|Path|None=None, # Folder for results.jsonl, which is what makes a comparison resumable; None: nothing is written
     device=None, # None: fastai's default device
     show:bool=True, # Show progress?
+    cbs=None, # A function that makes callbacks for a loss, for example `lambda loss: PODSchedule() if loss.name == 'pod' else None`; called for each run
     **data_kwargs, # Passed on to `image_dls`: `root`, `n_train`, `valid_pct`, `size`, ...
 ) -> Comparison:
     "Train each loss with each seed under the same conditions, and return all results; finished runs in `out` are not done again"
     losses = parse_losses(losses)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    for name,ok,wants in (('losses', len(losses) > 0, 'at least one'), ('epochs', epochs >= 1, 'at least 1'), ('seeds', len(seeds) > 0, 'at least 1'), ('lr', lr > 0, 'positive'),
-                          ('n_feats', n_feats is None or n_feats >= 1, 'at least 1')):
-        if not ok: raise ValueError(f"{name} must be {wants}, got {dict(losses=losses, epochs=epochs, seeds=seeds, lr=lr, n_feats=n_feats)[name]}")
+    def whole(n, least): return isinstance(n, int) and n >= least
+    for name,value,ok,wants in (('losses', losses, len(losses) > 0, 'at least one'), ('epochs', epochs, whole(epochs, 1), 'at least 1'), ('seeds', seeds, len(seeds) > 0, 'at least 1'),
+                                ('seeds', seeds, all(whole(s, 0) and s < 2**32 for s in seeds) and len(set(seeds)) == len(seeds), 'different whole numbers in 0..2**32-1'),
+                                ('lr', lr, 0 < lr < math.inf, 'positive'), ('wd', wd, wd is None or 0 <= wd < math.inf, 'at least 0'), ('n_feats', n_feats, n_feats is None or whole(n_feats, 1), 'at least 1')):
+        if not ok: raise ValueError(f"{name} must be {wants}, got {value}")
+    if cbs is not None and (isinstance(cbs, Callback) or not callable(cbs)): raise TypeError(f"cbs must be a function that makes callbacks for a loss, since each run needs its own, got {cbs!r}")
+    if not isinstance(data, (str,Path,ImageTensorLoaders)): raise TypeError(f"data must be a name, a folder, or what image_dls gives (it has a test set), got {type(data).__name__}")
     if arch is None: arch = default_arch.get(getattr(data, 'name', str(data)), 'small_body')
     if isinstance(arch, str) and arch not in bodies: raise ValueError(f"unknown arch {arch!r}; known are {', '.join(bodies)}")
     if out is not None:
         out = Path(out)
         (out/'features').mkdir(parents=True, exist_ok=True)
-        open(out/'results.jsonl', 'ab').close() # A folder that cannot be written is found now, not after the first run
+        for f in 'results.jsonl', 'table.md', 'comparison.png': # What cannot be written is found now, not after the first run
+            if (out/f).is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder is where a file shall be written', str(out/f))
+        open(out/'results.jsonl', 'ab').close()
     dls = data if isinstance(data, ImageTensorLoaders) else image_dls(data, bs=bs, device=device, **data_kwargs)
-    for label,loss in losses.items(): # A head that does not fit is found now
-        try: loss_learner(loss, dls, arch, n_feats)
+    for label,loss in losses.items(): # A head that does not fit, or a loss that refuses these data, is found now
+        try:
+            learn = loss_learner(loss, dls, arch, n_feats)
+            with torch.no_grad(): learn.loss_func(learn.model.to(dls.device)(*(batch := dls.one_batch())[:-1]), batch[-1])
         except ValueError as e: raise ValueError(f"{label}: {e}") from e
     augment = [{k: v for k,v in vars(t).items() if k in ('pad','flip')} for t in dls.train.after_batch.fs if hasattr(t, 'pad')]
     base = dict(data=dls.name, fingerprint=_fingerprint(dls), n=[len(dl.dataset) for dl in dls], augment=augment, arch=arch if isinstance(arch, str) else getattr(arch, '__qualname__', str(arch)),
@@ -324,17 +363,18 @@ def compare(
     plan = []
     for seed in seeds:
         for label,loss in losses.items():
-            config = {**base, 'seed': seed, 'loss': f'{type(loss).__module__}.{type(loss).__name__}', 'hparams': loss.hparams}
-            plan.append((label, loss, config, _key(config)))
-    done = {} if out is None else read_results(out/'results.jsonl')
+            extra = list(L(cbs(loss))) if cbs else []
+            config = {**base, 'seed': seed, 'loss': f'{type(loss).__module__}.{type(loss).__name__}', 'hparams': loss.hparams, **({'cbs': [_describe(c) for c in extra]} if extra else {})}
+            plan.append((label, loss, config, _key(config), extra))
+    done = {} if out is None else {k: row for k,row in read_results(out/'results.jsonl').items() if _complete(row)}
     todo, feats = [p for p in plan if p[3] not in done], {}
     if show and out is not None and len(todo) < len(plan): print(f"{len(plan)-len(todo)} of {len(plan)} runs are in {out/'results.jsonl'} already")
     bar = progress_bar(range(len(todo)*epochs)) if show and todo and (sys.stdout.isatty() or 'ipykernel' in sys.modules) else None
     if bar: bar.update(0)
-    for i,(label,loss,config,key) in enumerate(todo):
+    for i,(label,loss,config,key,extra) in enumerate(todo):
         def progress(epoch):
             if bar: bar.comment = f'{label}, seed {config["seed"]}'; bar.update(i*epochs+epoch)
-        try: result, (f,_,t) = run_loss(loss, dls, arch, n_feats, epochs, lr, wd, config['seed'], progress)
+        try: result, (f,_,t) = run_loss(loss, dls, arch, n_feats, epochs, lr, wd, config['seed'], progress, extra)
         except ValueError as e: raise ValueError(f"{label}, seed {config['seed']}: {e}") from e
         done[key] = dict(key=key, label=label, config=config, versions=versions(), device=device_name(dls.device), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **result)
         if out is not None:
@@ -342,13 +382,13 @@ def compare(
             append_result(out/'results.jsonl', done[key])
         if config['seed'] == seeds[0]: feats[label] = f[:2000], t[:2000]
         if show and not bar: print(f"{i+1}/{len(todo)} {label}, seed {config['seed']}: valid accuracy {result['valid']['accuracy']:.4f}, {result['seconds']:.1f} s", flush=True)
-    for label,_,config,key in plan:
+    for label,_,config,key,_ in plan:
         if config['seed'] == seeds[0] and label not in feats and out is not None:
-            kept = _load_feats(out/'features'/f'{key}.npz')
+            kept = _load_feats(out/'features'/f'{key}.npz', dls.c)
             if kept: feats[label] = kept
-    return Comparison([_plain({**done[key], 'label': label}) for label,_,_,key in plan], {k: feats[k] for k in losses if k in feats}, dls.vocab)
+    return Comparison([_plain({**done[key], 'label': label}) for label,_,_,key,_ in plan], {k: feats[k] for k in losses if k in feats}, dls.vocab)
 
-# %% ../nbs/07_compare.ipynb #952e4326
+# %% ../nbs/07_compare.ipynb #c735a0a2
 @call_parse
 def discloss_compare(
     losses:str='crossentropy,center,sigma2r', # 'all', or losses separated by commas, with hyper-parameters like center(lam=0.01,alpha=0.1)
@@ -370,8 +410,8 @@ def discloss_compare(
         cmp = compare(losses, data, arch, n_feats, epochs, seeds, bs, lr, wd, out, device, root=root, n_train=n_train)
         table = cmp.table()
         text = '\n'.join(['', table.to_string(), '', cmp.summary()])
-        Path(out, 'table.md').write_text(_markdown(table) + '\n\n' + cmp.summary() + '\n', encoding='utf-8')
-        cmp.plot().savefig(Path(out, 'comparison.png'), dpi=120)
+        _write_whole(Path(out, 'table.md'), lambda part: part.write_text(_markdown(table) + '\n\n' + cmp.summary() + '\n', encoding='utf-8'))
+        _write_whole(Path(out, 'comparison.png'), lambda part: cmp.plot().savefig(part, dpi=120))
     except (ValueError, OSError) as e: sys.exit(f'discloss_compare: {e}')
     except KeyboardInterrupt: sys.exit(f'\ndiscloss_compare: stopped; finished runs are kept in {out}, the same command goes on from there')
     print(f"{text}\n\nwritten: {', '.join(str(Path(out, f)) for f in ('comparison.png','table.md','results.jsonl'))}")

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['reductions', 'full_precision', 'reduce_losses', 'all_sum', 'check_inputs', 'Head', 'DiscLoss', 'find_head',
-           'with_head', 'disc_learner']
+           'with_head', 'TrainMetrics', 'disc_learner']
 
-# %% ../nbs/00_core.ipynb #1c9b1883
-import inspect
+# %% ../nbs/00_core.ipynb #524b2792
+import inspect, math
 from copy import deepcopy
 from functools import wraps
 
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastcore.foundation import L
 from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #c03c87fa
@@ -47,7 +49,7 @@ def all_sum(
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(t)
     return t
 
-# %% ../nbs/00_core.ipynb #cffa8309
+# %% ../nbs/00_core.ipynb #13f18add
 def check_inputs(
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
     n_out:int|None=None, # Number of classes; None leaves the upper range of labels unchecked
@@ -62,13 +64,14 @@ def check_inputs(
         if x.ndim != 2: raise ValueError(f"{name} must have shape (batch, n), got {tuple(x.shape)}")
         if x.device != targ.device: raise ValueError(f"{name} and targets must be on one device, got {x.device} and {targ.device}")
     if targ.is_floating_point() or targ.is_complex() or targ.dtype == torch.bool:
-        raise TypeError(f"targets must be class indices of an integer dtype, got {targ.dtype} of shape {tuple(targ.shape)}")
+        soft = ": soft labels, as label smoothing makes them, are not supported; CrossEntropy(label_smoothing=0.1) smooths class indices itself" if targ.ndim == 2 else ''
+        raise TypeError(f"targets must be class indices of an integer dtype, got {targ.dtype} of shape {tuple(targ.shape)}{soft}")
     for name,x in inputs.items():
         if targ.shape != x.shape[:1]:
             raise ValueError(f"targets must have shape ({len(x)},), one class index for each row of {name}, got {tuple(targ.shape)}")
     if targ.numel() == 0: raise ValueError("the batch is empty: there is no loss of no samples")
     if torch.compiler.is_compiling() or not (targ.device.type == 'cpu' if values is None else values): return
-    lo, hi = targ.aminmax()
+    lo, hi = targ.long().aminmax()
     if lo < 0 or (n_out is not None and hi >= n_out):
         upper = 'at least 0' if n_out is None else f'in 0..{n_out-1} ({n_out} classes)'
         raise ValueError(f"targets must be {upper}, got {lo.item() if lo < 0 else hi.item()}")
@@ -78,10 +81,11 @@ def check_inputs(
         if bad: raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {x.numel()} values: "
                                  "look at the input images, or lower the learning rate if training diverged")
 
-# %% ../nbs/00_core.ipynb #bbf38295
+# %% ../nbs/00_core.ipynb #91bd92ac
 class Head(nn.Module):
     "Base of heads, the last module of a model: `forward(feats)` returns `(logits, *extras)` in training and `logits` in evaluation"
     extras = () # Names of what follows the logits in training
+    linear = True # If there is a linear layer `fc`: are the logits its output for `feats`, in evaluation?
     def __init__(self,
         n_in:int, # Number of features that come in
         n_out:int, # Number of classes
@@ -89,8 +93,13 @@ class Head(nn.Module):
         super().__init__()
         if n_in < 1 or n_out < 2: raise ValueError(f"a head needs at least 1 feature and 2 classes, got {n_in} features and {n_out} classes")
         self.n_in,self.n_out = n_in,n_out
+        self.register_forward_hook(_sign)
 
-# %% ../nbs/00_core.ipynb #363f193b
+def _sign(head, args, out):
+    "Note on the logits what comes with them, so that the loss of another head can say so"
+    if isinstance(out, tuple) and not torch.compiler.is_compiling(): out[0].extras = head.extras
+
+# %% ../nbs/00_core.ipynb #d9ff6671
 class DiscLoss(nn.Module):
     "Base of all losses: no parameters, no running state; subclasses implement `loss(logits, *extras, targ)`"
     y_int = True      # Targets are class indices: fastai's MixUp and CutMix mix losses, not labels
@@ -114,10 +123,12 @@ class DiscLoss(nn.Module):
         targ:Tensor, # Class indices, shape (batch,)
     ) -> Tensor: # A scalar, or shape (batch,) if `reduction` is 'none'
         "The loss of `(logits, *extras)`; bare logits without gradients, as in validation, give their cross-entropy"
-        logits,*extras = (_plain(o) for o in (pred if isinstance(pred, (tuple,list)) else (pred,)))
-        targ = _plain(targ)
+        logits,*extras = pred if isinstance(pred, (tuple,list)) and pred else (pred,)
+        if not isinstance(logits, Tensor): raise TypeError(f"predictions must be logits, or (logits, *extras) as a head gives them in training, got {type(logits).__name__}")
         validating = not extras and not torch.is_grad_enabled()
-        if not validating and len(extras) != len(self.extras): raise ValueError(self._wrong_head(len(extras)))
+        came = None if torch.compiler.is_compiling() else getattr(logits, 'extras', None) # None: not known
+        if not validating and (len(extras) != len(self.extras) or came not in (None, self.extras)): raise ValueError(self._wrong_head(extras, came))
+        logits,targ,*extras = (_plain(o) for o in (logits, targ, *extras))
         self._check(logits, targ, {k: v for k,v in zip(self.extras, extras) if k in self.rows})
         with torch.autocast(logits.device.type, enabled=False):
             if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
@@ -128,13 +139,16 @@ class DiscLoss(nn.Module):
     def _check(self, logits, targ, rows):
         key = (logits.shape[1:], logits.device)
         first = key not in self._seen and not torch.compiler.is_compiling()
-        check_inputs(targ, n_out=logits.shape[-1] if isinstance(logits, Tensor) and logits.ndim else None,
-                     values=first or None, logits=logits, **rows)
-        if first: self._seen.add(key)
+        check_inputs(targ, n_out=logits.shape[-1] if logits.ndim else None, values=first or None, logits=logits, **rows)
+        if not first: return
+        if logits.shape[1] < 2: raise ValueError(f"logits must have a column for each class, two at least, got shape {tuple(logits.shape)}")
+        off = {k: v for k,v in self.hparams.items() if isinstance(v, float) and not math.isfinite(v)}
+        if off: raise ValueError(f"hyper-parameters of {type(self).__name__} must be finite, got {off}")
+        self._seen.add(key)
 
-    def _wrong_head(self, n):
-        name, wants = type(self).__name__, ', '.join(('logits', *self.extras))
-        came = 'bare logits' if n == 0 else f'logits and {n} more output{"s"[:n>1]}'
+    def _wrong_head(self, extras, names=None):
+        n, name, wants = len(extras), type(self).__name__, ', '.join(('logits', *self.extras))
+        came = 'bare logits' if n == 0 else f"({', '.join(('logits', *names))})" if names else f'logits and {n} more output{"s"[:n>1]}'
         return (f"{name} trains on ({wants}) and got {came}: give the model this loss's head, model = with_head(model, {name}(), n_out). "
                 "In eval mode a model gives bare logits, and their loss is taken under torch.no_grad()")
 
@@ -168,14 +182,14 @@ def find_head(
         if found: return found[-1]
     raise ValueError(f"{type(model).__name__} has no nn.Linear to replace: name its classifier with layer=..., or give a body with the attribute n_feats")
 
-# %% ../nbs/00_core.ipynb #7f25b4f1
+# %% ../nbs/00_core.ipynb #fb6a81dc
 def with_head(
     model:nn.Module, # A classifier (torchvision, timm, home-made), or a body with the attribute `n_feats`; it is not changed
     loss:DiscLoss, # The loss whose head is wanted
     n_out:int, # Number of classes
     layer:str|None=None, # Name of the layer to replace; None: the head of another loss, else the last `nn.Linear`
 ) -> nn.Module: # A copy of `model` that ends in `loss.head(n_in, n_out)`
-    "A copy of `model` with the head of `loss`; a linear classifier of the same shape keeps its weights"
+    "A copy of `model` with the head of `loss`; a linear classifier of the same shape keeps its weights, unless a head does more than that in evaluation"
     if isinstance(loss, type): raise TypeError(f"with_head needs an instance of a loss, {loss.__name__}(), got the class")
     if not isinstance(loss, DiscLoss): raise TypeError(f"with_head needs a DiscLoss, got {type(loss).__name__}")
     model = deepcopy(model)
@@ -186,7 +200,7 @@ def with_head(
     if n_in is None: raise ValueError(f"cannot tell how many features {name!r} ({type(old).__name__}) takes: replace an nn.Linear or a Head")
     head, like = loss.head(n_in, n_out), next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     new_fc, old_fc = (getattr(m, 'fc', m) for m in (head, old))
-    if _shapes(new_fc) == _shapes(old_fc): new_fc.load_state_dict(old_fc.state_dict())
+    if _shapes(new_fc) == _shapes(old_fc) and getattr(old, 'linear', True) and getattr(head, 'linear', True): new_fc.load_state_dict(old_fc.state_dict())
     if like is not None: head.to(like.device, like.dtype)
     if name == '': return head
     parent,_,child = name.rpartition('.')
@@ -195,19 +209,28 @@ def with_head(
 
 def _shapes(m): return type(m), {k: v.shape for k,v in m.state_dict().items()}
 
-# %% ../nbs/00_core.ipynb #200a224d
+# %% ../nbs/00_core.ipynb #c6e2aaff
+class TrainMetrics(Callback):
+    "Give metrics the logits of training batches, for `learn.recorder.train_metrics = True`"
+    order = 49 # After the callbacks that work on what the loss saw, before `Recorder`
+    def after_loss(self):
+        if isinstance(self.pred, tuple): self.learn.pred = self.pred[0]
+
+# %% ../nbs/00_core.ipynb #1c403b24
 def disc_learner(
     dls, # fastai `DataLoaders`
     arch, # A torchvision model function, or the name of a timm model
     loss:DiscLoss, # The loss; its head is put on the model
     n_out:int|None=None, # Number of classes; None: `dls.c`
     metrics=None, # Metrics; None: accuracy
-    **kwargs, # Passed on to `vision_learner`: `pretrained`, `n_in`, `lin_ftrs`, `cbs`, `opt_func`, ...
+    cbs=None, # Callbacks besides `TrainMetrics`
+    **kwargs, # Passed on to `vision_learner`: `pretrained`, `n_in`, `lin_ftrs`, `opt_func`, ...
 ): # A fastai `Learner`
     "fastai's `vision_learner` with the head of `loss`"
     from fastai.vision.learner import vision_learner
     from fastai.metrics import accuracy
-    learn = vision_learner(dls, arch, n_out=n_out, loss_func=loss, metrics=accuracy if metrics is None else metrics, **kwargs)
+    if len(dls.train) == 0: raise ValueError(f"the training loader has no batch: {len(dls.train_ds)} samples make none of {dls.train.bs}, give a smaller bs")
+    learn = vision_learner(dls, arch, n_out=n_out, loss_func=loss, metrics=accuracy if metrics is None else metrics, cbs=[TrainMetrics(), *L(cbs)], **kwargs)
     learn.model[1] = with_head(learn.model[1], loss, learn.n_out)
     learn.opt = None
     if learn.pretrained: learn.freeze()

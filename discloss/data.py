@@ -4,8 +4,8 @@
 __all__ = ['image_sets', 'data_root', 'load_arrays', 'CropFlip', 'ImageTensors', 'TensorDL', 'to_pixels', 'ImageTensorLoaders',
            'channel_stats', 'image_dls']
 
-# %% ../nbs/03_data.ipynb #d5a7b041
-import difflib, os, zipfile, zlib
+# %% ../nbs/03_data.ipynb #4e8c7a38
+import difflib, os, struct, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +49,7 @@ def data_root(
     "The folder in which image sets are looked for"
     return Path(root or os.environ.get('DISCLOSS_DATA') or fastai_path('data')).expanduser()
 
-# %% ../nbs/03_data.ipynb #44ab7f51
+# %% ../nbs/03_data.ipynb #456c4287
 _keys = 'x_train', 'y_train', 'x_test', 'y_test'
 
 def _digits():
@@ -63,16 +63,21 @@ def _from_npz(f):
     remedy = f"put a whole copy there, with the arrays {', '.join(_keys)}"
     try:
         with np.load(f, allow_pickle=False) as z: arrays = {k: z[k] for k in _keys}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{f} is not a readable image set ({e}): {remedy}") from e
     for s in 'train', 'test':
-        x, y = arrays[f'x_{s}'], arrays[f'y_{s}'].squeeze()
-        if x.dtype != np.uint8 or x.ndim not in (3,4) or (x.ndim == 4 and x.shape[-1] not in (1,3)):
-            raise ValueError(f"{f}: x_{s} must be uint8 of shape (n, height, width[, 1 or 3]), got {x.dtype} {x.shape}: {remedy}")
-        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
-            raise ValueError(f"{f}: y_{s} must be {len(x)} class indices, got {y.dtype} {y.shape}: {remedy}")
+        x, y = arrays[f'x_{s}'], arrays[f'y_{s}']
+        if x.dtype != np.uint8 or x.ndim not in (3,4) or (x.ndim == 4 and x.shape[-1] not in (1,3)) or x.size == 0:
+            raise ValueError(f"{f}: x_{s} must be uint8 of shape (n, height, width[, 1 or 3]), none of them 0, got {x.dtype} {x.shape}: {remedy}")
+        if y.shape == (len(x),1): y = y[:,0]
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer): raise ValueError(f"{f}: y_{s} must be {len(x)} class indices, got {y.dtype} {y.shape}: {remedy}")
         arrays[f'y_{s}'] = y
+    n, (lo,hi) = sum(len(arrays[f'y_{s}']) for s in ('train','test')), [f(arrays[f'y_{s}'] for s in ('train','test')) for f in (_least, _most)]
+    if lo < 0 or hi >= n: raise ValueError(f"{f}: labels must be class indices from 0, and {n} images cannot have more than {n} classes, got {lo if lo < 0 else hi}: {remedy}")
     return arrays
+
+def _least(ys): return min(int(y.min()) for y in ys)
+def _most(ys): return max(int(y.max()) for y in ys)
 
 def _from_torchvision(name, cls, root):
     try: sets = [cls(root, train=t, download=False) for t in (True,False)]
@@ -99,8 +104,8 @@ def load_arrays(
         like = difflib.get_close_matches(name, image_sets, n=1)
         raise ValueError(f"unknown image set {name!r}{f', did you mean {like[0]!r}?' if like else ''} Known are {', '.join(image_sets)}, "
                          f"a folder of images, and any file <name>.npz in {root}")
-    vocab = known['vocab'] if known else [str(i) for i in range(int(max(arrays['y_train'].max(), arrays['y_test'].max()))+1)]
-    most = int(max(arrays['y_train'].max(), arrays['y_test'].max()))
+    most = _most((arrays['y_train'], arrays['y_test']))
+    vocab = known['vocab'] if known else [str(i) for i in range(most+1)]
     if most >= len(vocab): raise ValueError(f"{name} has {len(vocab)} classes, and its files in {root} have the label {most}: put a whole copy there")
     return arrays, vocab
 
@@ -171,7 +176,7 @@ class TensorDL(TfmdDL):
         super().to(device)
         self.dataset.to(device)
 
-# %% ../nbs/03_data.ipynb #a3f293b8
+# %% ../nbs/03_data.ipynb #ef1582d9
 def to_pixels(
     o:str|Path|Image.Image|np.ndarray|Tensor, # A path, a PIL image, or uint8 values: array (h, w[, channels]), tensor ([channels,] h, w)
     channels:int=3, # 1 or 3
@@ -180,15 +185,15 @@ def to_pixels(
     "One image as bytes"
     if isinstance(o, (str,Path)):
         try: o = Image.open(o)
-        except UnidentifiedImageError as e: raise ValueError(f"{o} is not an image that can be read: delete it or replace it") from e
+        except (UnidentifiedImageError, Image.DecompressionBombError) as e: raise ValueError(f"{o} is not an image that can be read ({e}): delete it or replace it") from e
     if isinstance(o, Tensor): o = o.cpu().permute(1,2,0).numpy() if o.ndim == 3 else o.cpu().numpy()
     if isinstance(o, np.ndarray):
-        if o.dtype != np.uint8 or not (o.ndim == 2 or (o.ndim == 3 and o.shape[-1] in (1,3))):
+        if o.dtype != np.uint8 or not (o.ndim == 2 or (o.ndim == 3 and o.shape[-1] in (1,3))) or not o.size:
             raise ValueError(f"an image must be uint8, an array (height, width[, 1 or 3]) or a tensor ([1 or 3,] height, width), got {o.dtype} {o.shape}")
         o = Image.fromarray(o.squeeze(-1) if o.ndim == 3 and o.shape[-1] == 1 else o)
     if not isinstance(o, Image.Image): raise TypeError(f"an image must be a path, a PIL image, an array or a tensor, got {type(o).__name__}")
     try: o = o.convert('L' if channels == 1 else 'RGB')
-    except OSError as e: raise ValueError(f"{getattr(o, 'filename', 'the image')} is damaged ({e}): delete it or replace it") from e
+    except (OSError, SyntaxError, ValueError, struct.error) as e: raise ValueError(f"{getattr(o, 'filename', 'the image')} is damaged ({e}): delete it or replace it") from e
     if size is not None and (o.height, o.width) != tuple(size): o = ImageOps.fit(o, (size[1], size[0]), Image.Resampling.BILINEAR)
     a = torch.from_numpy(np.array(o))
     return a[None] if channels == 1 else a.permute(2,0,1).contiguous()
@@ -208,13 +213,17 @@ class ImageTensorLoaders(DataLoaders):
         **kwargs, # Passed on to the new loader: `bs`, ...
     ) -> TensorDL:
         "A loader of other images, made like the validation loader"
-        ds = self.valid_ds
+        ds, test_items = self.valid_ds, list(test_items)
+        if not test_items: raise ValueError("there must be at least one image, got none")
         xs, ys = zip(*test_items) if with_labels else (test_items, None)
         x = torch.stack([to_pixels(o, self.n_in, ds.x.shape[-2:]) for o in xs]).to(ds.x.device)
-        if ys is not None: ys = torch.tensor([ds.vocab.o2i[y] if isinstance(y, str) else int(y) for y in ys], device=x.device)
+        if ys is not None:
+            names, ys = {y for y in ys if isinstance(y, str)}, [ds.vocab.o2i.get(y, -1) if isinstance(y, str) else int(y) for y in ys]
+            if not 0 <= min(ys) <= max(ys) < ds.c: raise ValueError(f"labels must be in 0..{ds.c-1} or class names, got {sorted(names - set(ds.vocab)) or [y for y in ys if not 0 <= y < ds.c]}")
+            ys = torch.tensor(ys, device=x.device)
         return self.valid.new(ImageTensors(x, ys, ds.vocab), **{'num_workers': 0, **kwargs})
 
-# %% ../nbs/03_data.ipynb #560b712a
+# %% ../nbs/03_data.ipynb #7e456e40
 def _from_folder(path, size, channels, seed):
     "Arrays and class names of a folder of images"
     train = path/'train' if (path/'train').is_dir() else path
@@ -227,6 +236,8 @@ def _from_folder(path, size, channels, seed):
         if strange: raise ValueError(f"{folder} has classes that {train} does not have: {strange}")
         files = [(f,i) for i,c in enumerate(vocab) if (folder/c).is_dir() for f in sorted(get_image_files(folder/c))]
         if not files: raise ValueError(f"no images in {folder}")
+        empty = [c for i,c in enumerate(vocab) if i not in {i for _,i in files}]
+        if empty and part == 'train': raise ValueError(f"{folder} must have images of each class, and has none of {empty}: fill or delete those folders")
         gb = len(files)*channels*size**2/1e9
         if gb > 8: raise ValueError(f"the {len(files):,} images of {folder} would take {gb:.0f} GB at size {size}: give a smaller size=..., "
                                     "or use fastai's ImageDataLoaders.from_folder, with which every loss works too")
@@ -259,6 +270,12 @@ def channel_stats(
     s = torch.stack([torch.stack([(o.double()/255).sum((0,2,3)), (o.double()/255).pow(2).sum((0,2,3))]) for o in x.split(1000)]).sum(0) / (x.numel()/x.shape[1])
     return s[0].float(), (s[1]-s[0]**2).clamp_min(1e-12).sqrt().float()
 
+def _usable(device):
+    "A torch device, tried out"
+    try: torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"device must be one that works here, such as cpu, got {device!r}: {str(e).splitlines()[0]}") from e
+    return torch.device(device)
+
 def image_dls(
     name:str|Path='digits', # `digits`, `mnist`, `fashion_mnist`, `cifar10`, `cifar100`, a file `<root>/<name>.npz`, or a folder of images
     bs:int=64, # Batch size
@@ -274,10 +291,12 @@ def image_dls(
     device=None, # Where images live and batches are made; None: fastai's default device
 ) -> ImageTensorLoaders: # Three loaders: `train`, `valid` and `test`
     "A small image set as fastai `DataLoaders`, on the device"
-    if bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
+    for k,v in dict(bs=bs, n_train=n_train, size=size).items():
+        if v is not None and not (isinstance(v, int) and v >= 1): raise ValueError(f"{k} must be a whole number, at least 1, got {v!r}")
+    if pad is not None and not (isinstance(pad, int) and pad >= 0): raise ValueError(f"pad must be a whole number, at least 0, got {pad!r}")
     if channels not in (None,1,3): raise ValueError(f"channels must be 1 or 3, got {channels}")
     if valid_pct is not None and not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
-    device = torch.device(device) if device is not None else default_device()
+    device = default_device() if device is None else _usable(device)
     if Path(name).is_dir():
         preset = dict(valid_pct=0.2, pad=(size or 64)//8, flip=True)
         arrays, vocab = _from_folder(Path(name), size or 64, channels or 3, seed)

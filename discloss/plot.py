@@ -250,7 +250,7 @@ def mean_distances(
         other[s] = d.amax(1) if cos else d.amin(1)
     return own, other
 
-# %% ../nbs/05_plot.ipynb #ccf7b8b4
+# %% ../nbs/05_plot.ipynb #6cadb150
 def plot_distances(
     panels:dict, # Title -> (feats, targ): floating point of shape (n, 2 or more), and class indices of shape (n,); tensors or arrays
     kind:str='euclidean', # 'euclidean' distance or 'cosine'
@@ -277,7 +277,7 @@ def plot_distances(
             for d,look in zip(pair, looks.values()):
                 share = np.histogram(d, edges)[0] / len(d)
                 a,b = np.flatnonzero(share)[[0,-1]] # from the first to the last bin that is not empty
-                bars = ax.stairs(share[a:b+1], edges[a:b+2], **look)
+                ax.stairs(share[a:b+1], edges[a:b+2], **look)
             nearer = (pair[0] <= pair[1] if kind == 'cosine' else pair[0] >= pair[1]).mean()
             _say(ax, title, f"{nearer:.1%} nearer to another mean", name, 'share of samples' if i % ncols == 0 else None)
         top = max(p.get_ylim()[1] for p in axs)

@@ -68,7 +68,7 @@ def cc_loss(
     else: losses = intra/torch.where((N-n).sum() > 0, inter.mean()+eps, 1)
     return reduce_losses(losses, reduction)
 
-# %% ../../nbs/losses/60_cc.ipynb #38dad8f9
+# %% ../../nbs/losses/60_cc.ipynb #82c64635
 class ChannelAttentionHead(Head):
     "A linear classifier with a squeeze-and-excitation branch; in training `(logits, attention)`"
     extras = 'attention',
@@ -80,7 +80,7 @@ class ChannelAttentionHead(Head):
     ):
         super().__init__(n_in, n_out)
         if squeeze < 1: raise ValueError(f"squeeze must be at least 1, got {squeeze}")
-        self.squeeze,self.rescale = squeeze,rescale
+        self.squeeze,self.rescale,self.linear = squeeze,rescale,not rescale
         self.fc = nn.Linear(n_in, n_out) # First, so that its initial weights are those of a linear head
         n_hidden = max(n_in//squeeze, 8)
         self.branch = nn.Sequential(nn.Linear(n_in, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_in))

@@ -1,0 +1,413 @@
+"A catalogue of bad inputs: each gives one clear error of a documented type, before any training time is lost, and leaves models and files as they were."
+import copy, errno, io, json, math, os, random, resource, runpy, shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from fastai.vision.all import DataLoaders, Learner, ProgressCallback, accuracy, noop
+from PIL import Image
+from test_matrix import learner, loaders, silent, state, tiny
+
+from discloss.bodies import small_body
+from discloss.compare import Comparison, all_losses, append_result, compare, parse_loss, parse_losses, read_results, run_loss
+from discloss.contract import check_loss
+from discloss.core import DiscLoss, Head, check_inputs, disc_learner, find_head, with_head
+from discloss.data import image_dls, load_arrays, to_pixels
+from discloss.geometry import GeometryCallback, geometry, get_features
+from discloss.losses.cc import CCLoss, class_balanced
+from discloss.losses.center import CenterLoss, center_loss
+from discloss.losses.cross_entropy import CrossEntropy
+from discloss.losses.gsoftmax import GSoftmaxLoss, gsoftmax_loss
+from discloss.losses.ldmat import LDMATLoss
+from discloss.losses.pedcc import PEDCCLoss, simplex
+from discloss.losses.pod import PODLoss, PODSchedule
+from discloss.losses.sigma2r import Sigma2RLoss
+from discloss.losses.so_softmax import SOSoftmaxLoss
+
+def refusal(f, *says, error=(TypeError, ValueError)):
+    "The message of the error that `f` must raise: one sentence or two, with all of `says` in it"
+    with pytest.raises(error) as e: f()
+    text = str(e.value)
+    assert 20 < len(text) < 1000 and '\n' not in text.strip(), text
+    for o in says: assert str(o) in text, f'{o!r} is not in: {text}'
+    return text
+
+def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob('*'))}
+
+# ---- what comes into a loss: tried with every loss
+
+n_in, n_out, n = 12, 5, 20
+
+class Made:
+    "A loss with its head and a good batch"
+    def __init__(self, loss):
+        torch.manual_seed(0)
+        self.loss, self.head, self.x, self.y = loss, loss.head(n_in, n_out).train(), torch.randn(n, n_in), torch.arange(n) % n_out
+    @property
+    def out(self):
+        out = self.head(self.x)
+        return out if isinstance(out, tuple) else (out,)
+    def with_logits(self, f):
+        logits, *extras = self.out
+        return f(logits), *extras
+
+batches = { # Name -> (what the loss gets, what the message says)
+    'label too large':            (lambda m: (m.out, m.y+1), (f'in 0..{n_out-1}', 'got 5')),
+    'label negative':             (lambda m: (m.out, m.y-1), (f'in 0..{n_out-1}', 'got -1')),
+    'ignore_index -100':          (lambda m: (m.out, torch.where(m.y == 0, -100, m.y)), ('got -100',)),
+    'targets of shape (n, 1)':    (lambda m: (m.out, m.y[:,None]), ('shape (20,)', '(20, 1)')),
+    'targets without dimension':  (lambda m: (m.out, m.y[0]), ('shape (20,)', 'got ()')),
+    'too few targets':            (lambda m: (m.out, m.y[:-1]), ('shape (20,)', '(19,)')),
+    'too many targets':           (lambda m: (m.out, torch.cat([m.y, m.y])), ('shape (20,)', '(40,)')),
+    'float targets':              (lambda m: (m.out, m.y.float()), ('integer dtype', 'torch.float32')),
+    'bool targets':               (lambda m: (m.out, m.y > 2), ('integer dtype', 'torch.bool')),
+    'complex targets':            (lambda m: (m.out, m.y + 0j), ('integer dtype', 'complex')),
+    'one-hot targets':            (lambda m: (m.out, F.one_hot(m.y)), ('shape (20,)', '(20, 5)')),
+    'soft targets':               (lambda m: (m.out, F.one_hot(m.y)*0.9 + 0.02), ('soft labels', 'CrossEntropy(label_smoothing=0.1)')),
+    'targets are a list':         (lambda m: (m.out, m.y.tolist()), ('tensor of class indices', 'list')),
+    'targets are an array':       (lambda m: (m.out, m.y.numpy()), ('tensor of class indices', 'ndarray')),
+    'targets are None':           (lambda m: (m.out, None), ('tensor of class indices', 'NoneType')),
+    'targets on another device':  (lambda m: (m.out, m.y.to('meta')), ('one device', 'cpu and meta')),
+    'NaN logits':                 (lambda m: (m.with_logits(lambda o: o*math.nan), m.y), ('logits must be finite', '100 of 100')),
+    'one infinite logit':         (lambda m: (m.with_logits(lambda o: o.masked_fill(F.one_hot(torch.zeros(n, dtype=torch.long), n_out).bool() & (torch.arange(n) == 3)[:,None], math.inf)), m.y), ('finite', '1 of 100')),
+    'logits of integers':         (lambda m: (m.with_logits(torch.Tensor.long), m.y), ('floating point', 'torch.int64')),
+    'complex logits':             (lambda m: (m.with_logits(lambda o: o + 0j), m.y), ('floating point', 'complex')),
+    'logits of one image':        (lambda m: (m.with_logits(lambda o: o[0]), m.y), ('shape (batch, n)', '(5,)')),
+    'logits for each pixel':      (lambda m: (m.with_logits(lambda o: o[:,:,None,None].expand(-1,-1,4,4)), m.y), ('shape (batch, n)', '(20, 5, 4, 4)')),
+    'logits of one class':        (lambda m: (m.with_logits(lambda o: o[:,:1]), m.y*0), ('two at least', '(20, 1)')),
+    'empty batch':                (lambda m: (m.head(m.x[:0]), m.y[:0]), ('batch is empty',)),
+    'predictions are None':       (lambda m: (None, m.y), ('logits', 'NoneType')),
+    'predictions are an empty tuple': (lambda m: ((), m.y), ('logits', 'tuple')),
+    'predictions are a dict':     (lambda m: (dict(logits=m.out[0]), m.y), ('logits', 'dict')),
+    'predictions are an array':   (lambda m: (m.out[0].detach().numpy(), m.y), ('logits', 'ndarray')),
+    'NaN features':               (lambda m: (m.head(m.x*math.nan), m.y), ('finite',)),
+    'an output too many':         (lambda m: ((*m.out, m.x, m.x, m.x, m.x, m.x), m.y), ('with_head', 'more output')),
+    'bare logits in training':    (lambda m: (m.out[0], m.y), ('with_head', 'bare logits')),
+}
+
+@pytest.mark.parametrize('case', batches)
+def test_batch(case, record_property):
+    make, says = batches[case]
+    tried = 0
+    for name, cls in all_losses().items():
+        m = Made(cls())
+        if case == 'bare logits in training' and not m.loss.extras: continue
+        before = state(m.head)
+        try: said = refusal(lambda: m.loss(*make(m)), *says)
+        except BaseException as e: raise AssertionError(f'{name}: {e}') from e
+        assert all(torch.equal(v, before[k]) for k,v in m.head.state_dict().items()), f'{name}: the head has changed'
+        m.loss(m.head(m.x), m.y) # And goes on as if nothing had been
+        tried += 1
+    assert tried
+    record_property('bad', (case, said))
+
+def test_head_of_another_loss(record_property):
+    "All pairs of losses whose heads give other things"
+    made, said, tried = {k: Made(cls()) for k,cls in all_losses().items()}, None, 0
+    for a,ma in made.items():
+        for b,mb in made.items():
+            if ma.loss.extras == mb.loss.extras: continue
+            before = state(mb.head)
+            try: said = refusal(lambda: ma.loss(mb.head(mb.x), mb.y), type(ma.loss).__name__, 'with_head')
+            except BaseException as e: raise AssertionError(f'{a} with the head of {b}: {e}') from e
+            assert all(torch.equal(v, before[k]) for k,v in mb.head.state_dict().items()), f'{a} changed the head of {b}'
+            tried += 1
+    assert tried >= 40
+    record_property('bad', ('head of another loss', said))
+
+def test_reduction(record_property):
+    for cls in all_losses().values():
+        said = refusal(lambda: cls(reduction='avg'), "('mean', 'sum', 'none')", "'avg'")
+        m = Made(cls())
+        m.loss.reduction = 'avg'
+        refusal(lambda: m.loss(m.head(m.x), m.y), "('mean', 'sum', 'none')", "'avg'")
+    record_property('bad', ('unknown reduction', said))
+
+@pytest.mark.parametrize('value', [math.inf, math.nan], ids=str)
+def test_hyper_parameter_not_finite(value, record_property):
+    "Each float of each loss: refused when the loss is made, or at the first batch"
+    said = None
+    for cls in all_losses().values():
+        for k,v in cls().hparams.items():
+            if isinstance(v, float): said = refusal(lambda: (m := Made(cls(**{k: value}))).loss(m.head(m.x), m.y), k)
+    record_property('bad', (f'a hyper-parameter of {value}', said))
+
+hparams = { # Name -> (the call, what the message says)
+    'negative weight':      (lambda: CenterLoss(lam=-1), ('lam', 'at least 0', '-1')),
+    'weight of NaN':        (lambda: CenterLoss(lam=math.nan), ('lam', 'at least 0', 'nan')),
+    'alpha of 2':           (lambda: CenterLoss(alpha=2), ('alpha', '[0, 1]', '2')),
+    'negative scale':       (lambda: GSoftmaxLoss(scale=-30.), ('scale', 'positive', '-30')),
+    'scale of zero':        (lambda: PEDCCLoss(scale=0), ('scale', 'positive', '0')),
+    'negative margin':      (lambda: PEDCCLoss(margin=-0.1), ('margin', 'at least 0', '-0.1')),
+    'root below one':       (lambda: PEDCCLoss(root=0.5), ('root', 'at least 1', '0.5')),
+    'unknown shift':        (lambda: Sigma2RLoss(shift='rel'), ('shift', "'relative', 'absolute'", "'rel'")),
+    'negative slope':       (lambda: Sigma2RLoss(slope=-1), ('slope', 'at least 0', '-1')),
+    'distance of zero':     (lambda: LDMATLoss(delta=0), ('delta', 'positive', '0')),
+    'slack of one':         (lambda: LDMATLoss(slack=1), ('slack', '[0, 1)', '1')),
+    'momentum of zero':     (lambda: LDMATLoss(momentum=0), ('momentum', '(0, 1]', '0')),
+    'unknown mode':         (lambda: CCLoss(mode='diff'), ('mode', "'difference'", "'diff'")),
+    'unknown corr_reduction': (lambda: PODLoss(corr_reduction='avg'), ('corr_reduction', "'dim'", "'avg'")),
+    'goals the wrong way':  (lambda: SOSoftmaxLoss(goals=(0.,1.)), ('goal', 'greater', '(0.0, 1.0)')),
+    'goals not a pair':     (lambda: SOSoftmaxLoss(goals=(1.,)), ('goals', 'pair', '(1.0,)')),
+    'label_smoothing of 2': (lambda: CrossEntropy(label_smoothing=2), ('label_smoothing', '[0, 1]', '2')),
+    'centers of another width': (lambda: center_loss(torch.randn(4,3), torch.arange(4), torch.zeros(4,2)), ('centers', '(classes, 3)', '(4, 2)')),
+    'scaled logits as cosines': (lambda: gsoftmax_loss(30*torch.eye(4), torch.arange(4)), ('cosine', '[-1, 1]', '30')),
+    'too few dimensions for a simplex': (lambda: simplex(10, 3), ('10 points', '3 dimensions', '9')),
+    'one point':            (lambda: simplex(1, 3), ('at least 2 points', '1 points')),
+}
+
+# ---- models
+
+class Broken(nn.Module):
+    n_feats = None
+    def forward(self, x): return x
+
+plain = nn.Sequential(nn.Conv2d(1,4,3), nn.Flatten(), nn.Linear(144,10))
+models = {
+    'loss class for an instance':     (lambda: with_head(plain, CenterLoss, 10), ('CenterLoss()', 'class')),
+    'loss of PyTorch':                (lambda: with_head(plain, nn.CrossEntropyLoss(), 10), ('DiscLoss', 'CrossEntropyLoss')),
+    'model without a Linear layer':   (lambda: with_head(nn.Conv2d(1,4,3), CenterLoss(), 10), ('nn.Linear', 'n_feats')),
+    'unknown layer':                  (lambda: with_head(plain, CenterLoss(), 10, layer='fc'), ("'fc'", "'2'")),
+    'a layer that is no classifier':  (lambda: with_head(plain, CenterLoss(), 10, layer='0'), ("'0'", 'Conv2d')),
+    'a single class':                 (lambda: with_head(plain, CenterLoss(), 1), ('2 classes', '1 classes')),
+    'no class':                       (lambda: with_head(plain, CenterLoss(), 0), ('2 classes', '0 classes')),
+    'number of classes not whole':    (lambda: with_head(plain, CenterLoss(), 2.5), ('whole number', '2.5')),
+    'number of classes as text':      (lambda: with_head(plain, CenterLoss(), '10'), ('whole number', "'10'")),
+    'model that is none':             (lambda: with_head('resnet18', CenterLoss(), 10), ('model', 'str')),
+    'too few features for the head':  (lambda: with_head(small_body(n_feats=4), PEDCCLoss(), 10), ('10 points', '4 dimensions', 'n_feats=9')),
+    'check_loss of a class':          (lambda: check_loss(CenterLoss), ('DiscLoss', 'CenterLoss')),
+    'more classes in the data than in the model': (lambda: fit(n_out=5), ('in 0..4',)),
+    'batch larger than the data':     (lambda: disc_learner(loaders(n=12, bs=16), tiny, CenterLoss(), pretrained=False, n_in=1), ('12 samples', '16')),
+    'images of NaN':                  (lambda: fit(images=math.nan), ('finite', 'input images')),
+    'PODSchedule without its head':   (lambda: fit(cbs=PODSchedule()), ('PODHead', 'CenterHead')),
+    'unknown measure':                (lambda: GeometryCallback(show='nc9'), ('nc9', 'nc1')),
+    'features of no batch':           (lambda: get_features(plain, []), ('no batch',)),
+    'features without labels to match': (lambda: geometry(torch.randn(4,3), torch.arange(3)), ('shape (4,)', '(3,)')),
+    'class_balanced that does not fit': (lambda: class_balanced(loaders().train, per_class=3), ('divide the batch size', '3', '16')),
+}
+
+def fit(n_out=10, images=0., cbs=None):
+    "Train a learner on bad things: it must stop in the first batch, its weights as they were"
+    learn = silent(Learner(loaders(), with_head(small_body(width=8, n_feats=16), CenterLoss(), n_out), loss_func=CenterLoss(), cbs=cbs))
+    if images: learn.model.register_forward_pre_hook(lambda m,args: (args[0]*images,))
+    before, steps = {k: v.clone() for k,v in learn.model.named_parameters()}, []
+    try: learn.fit(1)
+    except (TypeError, ValueError):
+        assert learn.iter == 0 and learn.epoch == 0
+        assert all(torch.equal(v, before[k]) for k,v in learn.model.named_parameters())
+        raise
+
+# ---- data
+
+def data(tmp, name, **arrays):
+    good, _ = load_arrays('digits')
+    np.savez(tmp/f'{name}.npz', **{**{k: v[:60] for k,v in good.items()}, **arrays})
+    return name
+
+def image_folder(tmp, **kinds):
+    for name,files in kinds.items():
+        (tmp/'folder'/name).mkdir(parents=True)
+        for i in range(files): Image.fromarray(np.full((8,8), 20*i, np.uint8)).save(tmp/'folder'/name/f'{i}.png')
+    return tmp/'folder'
+
+def torn(file, keep):
+    file.write_bytes(file.read_bytes()[:keep])
+    return file
+
+def damaged(tmp):
+    folder = image_folder(tmp, a=5, b=5)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64), np.uint8)).save(folder/'b'/'9.png')
+    torn(folder/'b'/'9.png', 900)
+    return folder
+
+def text_as_image(tmp):
+    folder = image_folder(tmp, a=5, b=5)
+    (folder/'b'/'9.png').write_text('not an image')
+    return folder
+
+def strange_class(tmp):
+    folder = image_folder(tmp, **{'train/a': 5, 'train/b': 5, 'valid/c': 2})
+    return folder
+
+def digits(**kwargs): return image_dls('digits', **kwargs)
+
+sets = { # Name -> (call with a folder, what the message says)
+    'unknown data set':           (lambda t: image_dls('cifra10', root=t), ("'cifra10'", "'cifar10'")),
+    'half-written data':          (lambda t: load_arrays(torn(t/f"{data(t,'x')}.npz", 800).stem, t), ('x.npz', 'whole copy')),
+    'data that are no archive':   (lambda t: ((t/'x.npz').write_bytes(os.urandom(500)), load_arrays('x', t)), ('x.npz', 'whole copy')),
+    'empty data file':            (lambda t: ((t/'x.npz').write_bytes(b''), load_arrays('x', t)), ('x.npz', 'whole copy')),
+    'an array is missing':        (lambda t: (np.savez(t/'x.npz', x_train=np.zeros(3)), load_arrays('x', t)), ('x.npz', 'y_train')),
+    'pickled objects in data':    (lambda t: load_arrays(data(t, 'x', y_train=np.array([{}]*60, dtype=object)), t), ('x.npz', 'allow_pickle')),
+    'pixels of floats':           (lambda t: load_arrays(data(t, 'x', x_train=np.zeros((60,8,8))), t), ('uint8', 'float64')),
+    'images with four channels':  (lambda t: load_arrays(data(t, 'x', x_train=np.zeros((60,8,8,4), np.uint8)), t), ('1 or 3', '(60, 8, 8, 4)')),
+    'flat images':                (lambda t: load_arrays(data(t, 'x', x_train=np.zeros((60,64), np.uint8)), t), ('height, width', '(60, 64)')),
+    'empty data set':             (lambda t: load_arrays(data(t, 'x', x_train=np.zeros((0,8,8), np.uint8), y_train=np.zeros(0, int)), t), ('none of them 0', '(0, 8, 8)')),
+    'fewer labels than images':   (lambda t: load_arrays(data(t, 'x', y_train=np.zeros(7, int)), t), ('60 class indices', '(7,)')),
+    'labels of floats':           (lambda t: load_arrays(data(t, 'x', y_train=np.zeros(60)), t), ('class indices', 'float64')),
+    'negative labels in data':    (lambda t: load_arrays(data(t, 'x', y_train=np.arange(60)-3), t), ('labels', '-3')),
+    'a label of a billion':       (lambda t: load_arrays(data(t, 'x', y_test=np.full(60, 10**9)), t), ('120 images', '1000000000')),
+    'labels beyond CIFAR-10':     (lambda t: load_arrays(data(t, 'cifar10', y_train=np.full(60, 12)), t), ('10 classes', '12')),
+    'a folder of one class':      (lambda t: image_dls(image_folder(t, a=3)), ('two or more', "['a']")),
+    'a folder without images':    (lambda t: image_dls(image_folder(t, a=0, b=0)), ('no images',)),
+    'a class without images':     (lambda t: image_dls(image_folder(t, a=3, b=0)), ('none of', "['b']")),
+    'a class of one image':       (lambda t: image_dls(image_folder(t, a=9, b=1), bs=2), ('test set', '2 classes')),
+    'other classes to validate on': (lambda t: image_dls(strange_class(t)), ('valid', "['c']")),
+    'a half-written image':       (lambda t: image_dls(damaged(t)), ('9.png', 'damaged')),
+    'text with the name of an image': (lambda t: image_dls(text_as_image(t)), ('9.png', 'not an image')),
+    'images too large for memory': (lambda t: image_dls(image_folder(t, a=3, b=3), size=100_000), ('GB', 'smaller size')),
+    'batch size of zero':         (lambda t: digits(bs=0), ('bs', 'at least 1', '0')),
+    'batch size of 2.5':          (lambda t: digits(bs=2.5), ('bs', 'whole number', '2.5')),
+    'batch size above the data':  (lambda t: digits(bs=5000), ('5000', '1149')),
+    'no training images':         (lambda t: digits(n_train=0), ('n_train', 'at least 1', '0')),
+    'fewer images than classes':  (lambda t: digits(n_train=5), ('10 classes',)),
+    'all images to validate on':  (lambda t: digits(valid_pct=1.), ('valid_pct', 'between 0 and 1', '1.0')),
+    'two channels':               (lambda t: digits(channels=2), ('1 or 3', '2')),
+    'size of zero':               (lambda t: digits(size=0), ('size', 'at least 1', '0')),
+    'negative shift':             (lambda t: digits(pad=-1), ('pad', 'at least 0', '-1')),
+    'unknown device':             (lambda t: digits(device='tpu9'), ('device', 'tpu9')),
+    'a GPU that is not there':    (lambda t: digits(device='cuda:99'), ('device', 'cuda:99')),
+    'predictions for no image':   (lambda t: digits().test_dl([]), ('at least one image',)),
+    'label that is no class':     (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), 'ten')], with_labels=True), ('0..9', "['ten']")),
+    'label out of range':         (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), 10)], with_labels=True), ('0..9', '[10]')),
+    'image of floats':            (lambda t: to_pixels(np.zeros((8,8))), ('uint8', 'float64')),
+    'image of no pixels':         (lambda t: to_pixels(np.zeros((0,8), np.uint8)), ('uint8', '(0, 8)')),
+    'image that is a number':     (lambda t: to_pixels(3), ('path', 'int')),
+}
+
+# ---- comparisons
+
+quick = dict(epochs=1, seeds=1, show=False)
+comparisons = {
+    'unknown loss':                  (lambda t: compare('centre'), ("'centre'", 'center')),
+    'no loss':                       (lambda t: compare(''), ('no loss', 'center')),
+    'unreadable losses':             (lambda t: compare('center(lam='), ('center(lam=', 'commas')),
+    'losses with a null byte':       (lambda t: compare('center\0'), ('cannot read',)),
+    'losses nested too deeply':      (lambda t: compare('('*5000), ('cannot read',)),
+    'unknown hyper-parameter':       (lambda t: compare('center(scale=1)'), ("'scale'", 'lam, alpha')),
+    'hyper-parameter of a wrong type': (lambda t: compare('center(lam=high)'), ('center(lam=high)', 'cannot be made')),
+    'a call as a hyper-parameter':   (lambda t: compare('center(lam=print(1))'), ('plain value', 'print(1)')),
+    'an infinite hyper-parameter':   (lambda t: compare('crossentropy,center(lam=1e999)', **quick), ('center', 'finite', 'inf')),
+    'a class among the losses':      (lambda t: compare([CenterLoss]), ('instances of DiscLoss', 'CenterLoss')),
+    'a loss of PyTorch to compare':  (lambda t: compare(dict(ce=nn.CrossEntropyLoss()), **quick), ('DiscLoss', 'CrossEntropyLoss')),
+    'no epochs':                     (lambda t: compare(epochs=0), ('epochs', 'at least 1', '0')),
+    'half an epoch':                 (lambda t: compare(epochs=0.5), ('epochs', 'at least 1', '0.5')),
+    'no seeds':                      (lambda t: compare(seeds=0), ('seeds', 'at least 1')),
+    'a seed twice':                  (lambda t: compare(seeds=[1,1]), ('seeds', 'different', '[1, 1]')),
+    'a negative seed':               (lambda t: compare(seeds=[0,-1]), ('seeds', '[0, -1]')),
+    'learning rate of NaN':          (lambda t: compare(lr=math.nan), ('lr', 'positive', 'nan')),
+    'learning rate of infinity':     (lambda t: compare(lr=math.inf), ('lr', 'positive', 'inf')),
+    'negative weight decay':         (lambda t: compare(wd=-1.), ('wd', 'at least 0', '-1')),
+    'no features':                   (lambda t: compare(n_feats=0), ('n_feats', 'at least 1', '0')),
+    'unknown body':                  (lambda t: compare(arch='resnet99'), ("'resnet99'", 'resnet9')),
+    'loaders without a test set':    (lambda t: compare(data=DataLoaders(loaders().train)), ('test set', 'DataLoaders')),
+    'a callback for all runs':       (lambda t: compare(cbs=PODSchedule()), ('function', 'PODSchedule')),
+    'a body too small for one loss': (lambda t: compare('center,pedcc', n_feats=2), ('pedcc', '2 dimensions')),
+    'a rate that diverges':          (lambda t: compare('center', lr=1e9, **quick), ('center, seed 0', 'finite', 'learning rate')),
+}
+
+catalogue = {**{k: (lambda tmp, f=f: f(), says) for d in (hparams, models) for k,(f,says) in d.items()}, **sets, **comparisons}
+assert len(catalogue) == sum(map(len, (hparams, models, sets, comparisons))), 'two entries have one name'
+
+@pytest.mark.parametrize('case', catalogue)
+def test_catalogue(case, tmp_path, record_property):
+    f, says = catalogue[case]
+    before = state(plain)
+    record_property('bad', (case, refusal(lambda: f(tmp_path), *says).replace(str(tmp_path), '…')))
+    assert all(torch.equal(v, before[k]) for k,v in plain.state_dict().items())
+
+# ---- folders and files
+
+def test_results_that_are_not_whole(tmp_path):
+    "Whatever stands in results.jsonl and features/: whole results count, everything else is passed over and left as it is"
+    args = dict(losses='crossentropy', out=tmp_path, **quick)
+    want = compare(**args).table()
+    good = (tmp_path/'results.jsonl').read_bytes()
+    row = json.loads(good)
+    feats, = (tmp_path/'features').iterdir()
+    strange = [b'\xff\xfe\0\0', b'null', b'[1, 2]', b'"key"', b'{"key": 3}', b'{"key": ["a"]}', b'['*100_000, b'9'*10_000, good[:-40], json.dumps({'key': row['key']}).encode(),
+               json.dumps({**row, 'config': {**row['config'], 'lr': 1}}).encode(), json.dumps({**row, 'epochs': 3}).encode(), json.dumps({**row, 'test': None}).encode()]
+    for junk in strange:
+        (tmp_path/'results.jsonl').write_bytes(junk + b'\n')
+        assert compare(**args).table().drop(columns=[]).equals(want)
+        lines = (tmp_path/'results.jsonl').read_bytes()
+        assert lines.startswith(junk + b'\n') and lines.count(b'\n') == 2
+    for junk in b'', b'PK\3\4 nothing', feats.read_bytes()[:300]:
+        (tmp_path/'results.jsonl').write_bytes(good)
+        feats.write_bytes(junk)
+        cmp = compare(**args)
+        assert cmp.table().equals(want) and not cmp.feats
+    np.savez(feats, feats=np.zeros((4,2)), targ=np.full(4, 99))
+    assert not compare(**args).feats
+
+@pytest.mark.parametrize('taken', ['a file', 'below a file', 'table.md is a folder', 'cannot be written'])
+def test_unwritable_folder(taken, tmp_path, record_property):
+    "Found before the first run"
+    (tmp_path/'file').write_text('mine')
+    (tmp_path/'o'/'table.md').mkdir(parents=True)
+    (tmp_path/'locked').mkdir(mode=0o555)
+    out = {'a file': tmp_path/'file', 'below a file': tmp_path/'file'/'o', 'table.md is a folder': tmp_path/'o', 'cannot be written': tmp_path/'locked'}[taken]
+    if taken == 'cannot be written' and os.geteuid() == 0: out = Path('/proc/discloss') # Root may write everywhere else
+    before = {k: v for k,v in tree(tmp_path).items() if 'features' not in k}
+    said = refusal(lambda: compare(out=out, epochs=10**6, show=False), error=OSError)
+    assert {k: v for k,v in tree(tmp_path).items() if 'features' not in k} == before
+    record_property('bad', (f'output folder: {taken}', said.replace(str(tmp_path), '…')))
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np, torch
+from discloss.compare import _save_feats, _write_whole, append_result, read_results
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+append_result('r.jsonl', dict(key='a', value='x'*600))
+_write_whole(Path('t.md'), lambda p: p.write_text('old'))
+before = {p.name: p.read_bytes() for p in Path().iterdir()}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)) # From here on no file can grow beyond 1000 bytes, and a longer write is cut off
+for what in (lambda: append_result('r.jsonl', dict(key='b', value='x'*600)), lambda: _write_whole(Path('t.md'), lambda p: p.write_text('x'*5000)),
+             lambda: _save_feats(Path('f.npz'), torch.randn(500,8), torch.zeros(500))):
+    try: what()
+    except OSError as e: print(type(e).__name__, e)
+    else: sys.exit('no error')
+    assert {p.name: p.read_bytes() for p in Path().iterdir()} == before, list(Path().iterdir())
+append_result('r.jsonl', dict(key='c'))
+assert list(read_results('r.jsonl')) == ['a', 'c']
+"""
+
+def test_full_disk(run, record_property):
+    "A limit on the size of files cuts writes off as a full disk does: the error is raised, and files stay as they were"
+    said = run(FULL).splitlines()
+    assert len(said) == 3
+    record_property('bad', ('full disk', said[0]))
+
+# ---- the command line
+
+commands = {
+    'command: unknown loss':       (['--losses', 'centre'], "unknown loss 'centre'"),
+    'command: negative weight':    (['--losses', 'center(lam=-1)'], 'lam must be at least 0, got -1'),
+    'command: unknown data':       (['--data', 'cifra10'], "did you mean 'cifar10'?"),
+    'command: unknown body':       (['--arch', 'resnet99'], "unknown arch 'resnet99'"),
+    'command: no epochs':          (['--epochs', '0'], 'epochs must be at least 1, got 0'),
+    'command: batch too large':    (['--bs', '5000'], 'more than the 1149 training images'),
+    'command: folder taken':       (['--out', 'taken/out'], 'taken'),
+    'command: unknown device':     (['--device', 'tpu9'], "device must be one that works here, such as cpu, got 'tpu9'"),
+    'command: epochs in words':    (['--epochs', 'ten'], "invalid int value: 'ten'"),
+    'command: unknown option':     (['--epoch_count', '3'], 'unrecognized arguments: --epoch_count'),
+    'command: NaN as a rate':      (['--lr', 'nan'], 'lr must be positive, got nan'),
+}
+
+@pytest.mark.parametrize('case', commands)
+def test_command(case, tmp_path, monkeypatch, capsys, record_property):
+    args, says = commands[case]
+    (tmp_path/'taken').write_text('a file, not a folder')
+    (tmp_path/'command.py').write_text('import sys\nfrom discloss.compare import discloss_compare\nsys.exit(discloss_compare())')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['discloss_compare', *args])
+    with pytest.raises(SystemExit) as e: runpy.run_path('command.py', run_name='__main__')
+    said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code not in (0, None) and says in said and len(said.splitlines()) == 1, said
+    assert not list(tmp_path.rglob('table.md')) and (tmp_path/'taken').read_text() == 'a file, not a folder'
+    record_property('bad', (case, said))
+
+def test_at_least_sixty(): assert len(batches) + len(catalogue) + len(commands) >= 60
