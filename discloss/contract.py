@@ -5,7 +5,7 @@ __all__ = ['checks', 'Case', 'stateless', 'head_outputs', 'trains', 'validation'
            'lr_finder', 'saves', 'odd_batches', 'bad_inputs', 'half_precision', 'float64', 'reduces', 'halves',
            'compiles', 'no_synchronisation', 'check_loss']
 
-# %% ../nbs/06_contract.ipynb #d75f7809
+# %% ../nbs/06_contract.ipynb #9062ea74
 import pickle, subprocess, sys, tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -65,7 +65,7 @@ class Case:
         if epochs: learn.fit_one_cycle(epochs, 1e-2)
         return learn
 
-# %% ../nbs/06_contract.ipynb #1ff24efd
+# %% ../nbs/06_contract.ipynb #84b59d6e
 checks = [] # In the order in which `check_loss` runs them
 
 def _check(f):
@@ -182,10 +182,10 @@ def saves(case):
 import numpy as np, torch
 from fastai.learner import load_learner
 learn = load_learner('contract.pkl')
-np.save('probs.npy', learn.get_preds(dl=learn.dls.test_dl(list(torch.from_numpy(np.load('x.npy')))))[0].numpy())'''
+np.save('probs.npy', learn.get_preds(dl=learn.dls.test_dl(list(torch.from_numpy(np.load('x.npy', allow_pickle=False)))))[0].numpy())'''
     run = subprocess.run([sys.executable, '-c', code], cwd=case.folder, capture_output=True, text=True)
     assert run.returncode == 0, f"load_learner in a new process failed: {run.stderr.strip()[-300:]}"
-    diff = np.abs(np.load(case.folder/'probs.npy') - probs.numpy()).max()
+    diff = np.abs(np.load(case.folder/'probs.npy', allow_pickle=False) - probs.numpy()).max()
     assert diff < 1e-5, f"predictions in a new process differ by {diff:.2g}"
 
 @_check

@@ -99,7 +99,7 @@ def _sign(head, args, out):
     "Note on the logits what comes with them, so that the loss of another head can say so"
     if isinstance(out, tuple) and not torch.compiler.is_compiling(): out[0].extras = head.extras
 
-# %% ../nbs/00_core.ipynb #d9ff6671
+# %% ../nbs/00_core.ipynb #4d670a86
 class DiscLoss(nn.Module):
     "Base of all losses: no parameters, no running state; subclasses implement `loss(logits, *extras, targ)`"
     y_int = True      # Targets are class indices: fastai's MixUp and CutMix mix losses, not labels
@@ -139,16 +139,15 @@ class DiscLoss(nn.Module):
     def _check(self, logits, targ, rows):
         key = (logits.shape[1:], logits.device)
         first = key not in self._seen and not torch.compiler.is_compiling()
-        check_inputs(targ, n_out=logits.shape[-1] if logits.ndim else None, values=first or None, logits=logits, **rows)
-        if not first: return
-        if logits.shape[1] < 2: raise ValueError(f"logits must have a column for each class, two at least, got shape {tuple(logits.shape)}")
-        off = {k: v for k,v in self.hparams.items() if isinstance(v, float) and not math.isfinite(v)}
+        off = {k: v for k,v in self.hparams.items() if isinstance(v, float) and not math.isfinite(v)} if first else {}
         if off: raise ValueError(f"hyper-parameters of {type(self).__name__} must be finite, got {off}")
-        self._seen.add(key)
+        check_inputs(targ, n_out=logits.shape[-1] if logits.ndim else None, values=first or None, logits=logits, **rows)
+        if logits.shape[1] < 2: raise ValueError(f"logits must have a column for each class, two at least, got shape {tuple(logits.shape)}")
+        if first: self._seen.add(key)
 
     def _wrong_head(self, extras, names=None):
         n, name, wants = len(extras), type(self).__name__, ', '.join(('logits', *self.extras))
-        came = 'bare logits' if n == 0 else f"({', '.join(('logits', *names))})" if names else f'logits and {n} more output{"s"[:n>1]}'
+        came = 'bare logits' if n == 0 else f"({', '.join(('logits', *names))})" if names and len(names) == n else f'logits and {n} more output{"s"[:n>1]}'
         return (f"{name} trains on ({wants}) and got {came}: give the model this loss's head, model = with_head(model, {name}(), n_out). "
                 "In eval mode a model gives bare logits, and their loss is taken under torch.no_grad()")
 
@@ -182,7 +181,7 @@ def find_head(
         if found: return found[-1]
     raise ValueError(f"{type(model).__name__} has no nn.Linear to replace: name its classifier with layer=..., or give a body with the attribute n_feats")
 
-# %% ../nbs/00_core.ipynb #fb6a81dc
+# %% ../nbs/00_core.ipynb #b1c4b0b7
 def with_head(
     model:nn.Module, # A classifier (torchvision, timm, home-made), or a body with the attribute `n_feats`; it is not changed
     loss:DiscLoss, # The loss whose head is wanted
@@ -192,6 +191,8 @@ def with_head(
     "A copy of `model` with the head of `loss`; a linear classifier of the same shape keeps its weights, unless a head does more than that in evaluation"
     if isinstance(loss, type): raise TypeError(f"with_head needs an instance of a loss, {loss.__name__}(), got the class")
     if not isinstance(loss, DiscLoss): raise TypeError(f"with_head needs a DiscLoss, got {type(loss).__name__}")
+    if not isinstance(model, nn.Module): raise TypeError(f"with_head needs a model, an nn.Module, got {type(model).__name__}")
+    if not isinstance(n_out, int): raise TypeError(f"n_out must be a whole number, got {n_out!r}")
     model = deepcopy(model)
     is_body = isinstance(getattr(model, 'n_feats', None), int) and layer is None and not any(isinstance(m, Head) for m in model.modules())
     if is_body: return nn.Sequential(model, loss.head(model.n_feats, n_out))

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .core import check_inputs
 
-# %% ../nbs/05_plot.ipynb #985b4f53
+# %% ../nbs/05_plot.ipynb #cd80cf62
 _ink, _pale = '#222222', '#717581' # Text and lines; what should stand back
 _rc = {'figure.facecolor': 'white', 'axes.facecolor': 'white', 'savefig.facecolor': 'white', 'figure.dpi': 100, 'savefig.dpi': 200, 'font.size': 9,
-       'text.color': _ink, 'axes.labelcolor': _ink, 'axes.edgecolor': _ink, 'xtick.color': _ink, 'ytick.color': _ink, 'legend.frameon': False}
+       'text.color': _ink, 'axes.labelcolor': _ink, 'axes.edgecolor': _ink, 'xtick.color': _ink, 'ytick.color': _ink, 'legend.frameon': False,
+       'text.parse_math': False} # A class name may hold a $
 
 @contextmanager
 def plot_style():

@@ -1,8 +1,6 @@
-"The command line: help, errors in one sentence, and a comparison that survives being killed."
+"The command line: help, and a comparison that survives being killed. Its errors are in test_bad_input.py."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-
-import pytest
 
 command = [str(Path(sys.executable).parent/'discloss_compare')]
 
@@ -16,21 +14,6 @@ def test_help(tmp_path):
     for option, default in dict(losses='crossentropy,center,sigma2r', data='digits', epochs='10', seeds='5', bs='64', lr='0.01', out='discloss_out').items():
         assert f'--{option}' in text and f'(default: {default})' in text, option
     assert 'not done again' in text
-
-@pytest.mark.parametrize('args, says', [
-    (['--losses', 'centre'], "unknown loss 'centre'"),
-    (['--losses', 'center(lam=-1)'], 'lam must be at least 0, got -1'),
-    (['--data', 'cifra10'], "did you mean 'cifar10'?"),
-    (['--arch', 'resnet99'], "unknown arch 'resnet99'"),
-    (['--epochs', '0'], 'epochs must be at least 1, got 0'),
-    (['--bs', '5000'], 'more than the 1149 training images'),
-    (['--out', 'taken/out'], 'taken'),
-])
-def test_errors(tmp_path, args, says):
-    (tmp_path/'taken').write_text('a file, not a folder')
-    res = call(*args, cwd=tmp_path)
-    assert res.returncode != 0 and says in res.stderr
-    assert 'Traceback' not in res.stderr and len(res.stderr.strip().splitlines()) == 1
 
 def test_killed_and_started_again(tmp_path):
     "kill -9 in the middle: finished runs are kept to the byte, the rest is done, and the table is that of an undisturbed run"

@@ -27,7 +27,7 @@ def test_wheel(tmp_path, run):
 import importlib, pkgutil, discloss
 for m in pkgutil.walk_packages(discloss.__path__, 'discloss.'): importlib.import_module(m.name); print(m.name)
 print(discloss.__file__)
-""", python=tmp_path/'env'/'bin'/'python').split()
+""", env={'PYTHONPATH': ''}, python=tmp_path/'env'/'bin'/'python').split()
     assert Path(modules.pop()).is_relative_to(clean)
     wanted = {f.removesuffix('.py').replace('/', '.') for f in files if f.startswith('discloss/') and not f.endswith('__init__.py')} | {'discloss.losses'}
     assert set(modules) == wanted

@@ -11,19 +11,24 @@ from torch import Tensor
 
 from ..core import DiscLoss, Head, all_sum, check_inputs, full_precision, reduce_losses
 
-# %% ../../nbs/losses/30_ldmat.ipynb #51ed211c
+# %% ../../nbs/losses/30_ldmat.ipynb #8c0bc191
+def _expanded(x, z):
+    "Squared distances of rows by scalar products, seen from the mean of `z`, with the squared norms"
+    z = z.to(x.dtype)
+    center = z.mean(0).detach()
+    a, b = x-center, z-center
+    # $\lVert a_i\rVert^2 - 2a_i^\top b_j + \lVert b_j\rVert^2$
+    a2, b2 = a.square().sum(1)[:,None], b.square().sum(1)
+    return a2 - 2*a@b.T + b2, a2, b2
+
 @full_precision
 def distances(
     x:Tensor, # Shape (n, d), floating point
     z:Tensor, # Shape (m, d)
 ) -> Tensor: # Shape (n, m)
     "Distance of each row of `x` to each row of `z`, from exact differences; the gradient is 0 where two rows coincide"
-    z = z.to(x.dtype)
-    with torch.no_grad(): exact, center = torch.cdist(x, z, compute_mode='donot_use_mm_for_euclid_dist'), z.mean(0)
-    a, b = x-center, z-center
-    # $\lVert a_i\rVert^2 - 2a_i^\top b_j + \lVert b_j\rVert^2$
-    a2, b2 = a.square().sum(1)[:,None], b.square().sum(1)
-    expanded = a2 - 2*a@b.T + b2
+    with torch.no_grad(): exact = torch.cdist(x, z.to(x.dtype), compute_mode='donot_use_mm_for_euclid_dist')
+    expanded, a2, b2 = _expanded(x, z)
     # the exact value with the derivatives of the expanded form
     square = exact.square() + (expanded-expanded.detach())
     # rows that are equal up to rounding have no direction
@@ -66,7 +71,7 @@ def ldmat_loss(
     # $l_i = \frac1{N-1}\sum_j (d_{ij}-t_{ij})^2$
     return reduce_losses(errors.sum(1)/max(n-1, 1), reduction)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #c8c6048e
+# %% ../../nbs/losses/30_ldmat.ipynb #bc7b4137
 class NearestMeanHead(Head):
     "Nearest running class mean, without any parameter; in training `(logits, feats, means, counts)`"
     extras = 'feats', 'means', 'counts'
@@ -87,7 +92,10 @@ class NearestMeanHead(Head):
     ) -> Tensor|tuple: # Logits (batch, n_out); in training `(logits, feats, means, counts)`
         "Logits, and in training the features, the class means and how often each was updated (the buffers themselves)"
         # $\lVert x-\mu_j\rVert^2/\delta^2$; in training without gradient, since the loss will move the means
-        d2 = (distances(feats.detach() if self.training else feats, self.means)/self.delta)**2
+        x = feats.detach() if self.training else feats
+        # `cdist` has no counterpart in ONNX, so an exported head works by scalar products
+        d2 = full_precision(_expanded)(x, self.means)[0].clamp_min(0) if torch.compiler.is_compiling() else distances(x, self.means)**2
+        d2 = d2/self.delta**2
         # a class that was never seen is farther than all others
         logits = -self.scale*torch.where(self.counts > 0, d2, d2.amax(1, keepdim=True)+1)
         return (logits, feats, self.means, self.counts) if self.training else logits
@@ -110,7 +118,7 @@ def update_means(
     # $\mu_j + \max(m, 1/\text{updates})\,(\bar x_j-\mu_j)$
     means.copy_(mu + (1/counts.clamp_min(1)).clamp_min(momentum)[:,None]*way[:,:-1]/n.clamp_min(1))
 
-# %% ../../nbs/losses/30_ldmat.ipynb #3706b4e3
+# %% ../../nbs/losses/30_ldmat.ipynb #b2d078e9
 class LDMATLoss(DiscLoss):
     "LDMAT on the features, without softmax; the running class means live in the `NearestMeanHead`"
     extras = NearestMeanHead.extras

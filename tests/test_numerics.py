@@ -1,0 +1,82 @@
+"Each loss in float32 and bfloat16 against float64, on hard inputs, with stated bounds."
+import copy
+
+import pytest
+import torch
+
+from discloss.compare import all_losses
+
+def features(head, c, d):
+    "Name -> (features, labels), in float32: what the head and the loss get, and what float64 gets is the same numbers"
+    gen = torch.Generator().manual_seed(1)
+    def randn(*size): return torch.randn(*size, generator=gen)
+    y = torch.arange(24) % c
+    means = randn(c, d)
+    weight = next((t.detach() for k,t in (*head.named_parameters(), *head.named_buffers()) if t.shape == (c,d)), means)
+    return {'ordinary': (means[y] + 0.3*randn(24, d), y),
+            'collapsed, far away': (100 + means[y] + 1e-3*randn(24, d), y),
+            'cosines at 1': (3*weight[y] + 1e-3*randn(24, d), y),
+            'cosines at -1': (-3*weight[y] + 1e-3*randn(24, d), y),
+            'logits of 1e4': (1e4*randn(24, d), y)}
+
+# Stated bounds of the error of losses, and of their gradient by the features, in float32: measured errors are mostly 1e-7, and at most a fifth of these
+bounds = {'ordinary': (1e-5, 1e-5), 'collapsed, far away': (1e-5, 1e-3), 'cosines at 1': (1e-4, 1e-3), 'cosines at -1': (1e-4, 1e-3), 'logits of 1e4': (1e-5, 1e-5), '100,000 classes': (1e-4, 1e-4)}
+# And of a loss whose logits and other inputs are rounded to bfloat16, against float64 on the same rounded numbers: it computes in float32, so only its gradient is rounded once more
+bounds_bf16 = 1e-4, 1e-2
+
+def relative(got, truth, unit=0.):
+    "The largest deviation, in units of the largest value, or of `unit` where all values are smaller"
+    got, truth = got.double(), truth.double()
+    size = max(truth.abs().max().item(), unit)
+    return (got-truth).abs().max().item()/size if size else got.abs().max().item()
+
+def whole_way(loss, head, x, y, dtype):
+    "Losses and gradient from the features on, all of it in `dtype`"
+    x = x.to(dtype).requires_grad_()
+    losses = loss(copy.deepcopy(head).to(dtype)(x), y)
+    return losses.detach(), torch.autograd.grad(losses.mean(), x)[0]
+
+def loss_alone(loss, out, y, dtype):
+    "Losses and gradient by the logits and what has a row for each sample, of what a head gave, rounded to bfloat16, in `dtype`"
+    out = [o.detach().bfloat16().to(dtype) if o.is_floating_point() else o.clone() for o in out]
+    for o,k in zip(out, ('logits', *loss.extras)): o.requires_grad_(k == 'logits' or k in loss.rows)
+    losses = loss(tuple(out) if len(out) > 1 else out[0], y)
+    grads = torch.autograd.grad(losses.mean(), [o for o in out if o.requires_grad], allow_unused=True)
+    return losses.detach(), torch.cat([g.flatten().double() for g in grads if g is not None])
+
+def measure(name, case, c=8, d=16):
+    "Errors of losses and gradient in both dtypes. The unit of losses is at least 1, and that of the gradient by logits 1e-4: float32 cannot know how near to 1 a probability is"
+    torch.manual_seed(0)
+    loss = all_losses()[name](reduction='none')
+    head = loss.head(d, c).train()
+    x, y = features(head, c, d)[case]
+    out = head(x)
+    res = {}
+    for dtype,f,args,unit in (('float32', whole_way, (head, x, y), 0.), ('bfloat16', loss_alone, (out if isinstance(out, tuple) else (out,), y), 1e-4)):
+        (v,g),(v64,g64) = (f(loss, *args, t) for t in (getattr(torch, dtype), torch.float64))
+        res[dtype] = relative(v, v64, unit=1.), relative(g, g64, unit)
+    return res
+
+def check(errors, case):
+    for dtype,limit in (('float32', bounds[case]), ('bfloat16', bounds_bf16)):
+        assert all(e <= b for e,b in zip(errors[dtype], limit)), f'{dtype}: errors of value and gradient {errors[dtype]}, bounds {limit}'
+
+names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in all_losses()]
+
+@pytest.mark.parametrize('case', [k for k in bounds if k != '100,000 classes'])
+@pytest.mark.parametrize('name', names)
+def test_hard_inputs(name, case, record_property):
+    errors = measure(name, case)
+    record_property('errors', {name: {case: {**errors, 'bounds': {'float32': bounds[case], 'bfloat16': bounds_bf16}}}})
+    check(errors, case)
+
+@pytest.mark.parametrize('name', names)
+def test_many_classes(name, record_property):
+    "100,000 classes; fixed centroids need nearly as many features, and say so at once"
+    try: errors = measure(name, 'ordinary', c=100_000, d=16)
+    except ValueError as e:
+        assert '100000 points' in str(e) and '16 dimensions' in str(e)
+        record_property('errors', {name: {'100,000 classes': str(e)}})
+        return
+    record_property('errors', {name: {'100,000 classes': {**errors, 'bounds': {'float32': bounds['100,000 classes'], 'bfloat16': bounds_bf16}}}})
+    check(errors, '100,000 classes')
