@@ -6,7 +6,7 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'discloss_compare']
 
 # %% ../nbs/07_compare.ipynb #7b335584
-import ast, hashlib, importlib, json, math, os, pkgutil, platform, random, sys, time
+import ast, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def all_losses() -> dict: # Name -> class, in the order of the names
     found = {}
     for m in pkgutil.iter_modules(discloss.losses.__path__, 'discloss.losses.'):
         found |= {c().name: c for c in vars(importlib.import_module(m.name)).values()
-                  if isinstance(c, type) and issubclass(c, DiscLoss) and c.__module__ == m.name}
+                  if isinstance(c, type) and issubclass(c, DiscLoss) and not inspect.isabstract(c) and c.__module__ == m.name}
     return dict(sorted(found.items()))
 
 def parse_loss(
