@@ -5,8 +5,8 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'device_name', 'run_loss', 'append_result', 'read_results', 'better', 'Comparison', 'compare',
            'discloss_compare']
 
-# %% ../nbs/07_compare.ipynb #898f8452
-import ast, errno, hashlib, importlib, json, math, os, pkgutil, platform, random, sys, time, zipfile, zlib
+# %% ../nbs/07_compare.ipynb #4e1507c8
+import ast, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, sys, time, zipfile, zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,13 +33,13 @@ from .data import ImageTensorLoaders, image_dls
 from .geometry import geometry, get_features, head_weight, ncm_accuracy
 from .plot import plot_curves, plot_features, plot_scores, plot_style
 
-# %% ../nbs/07_compare.ipynb #d4d89f53
+# %% ../nbs/07_compare.ipynb #02137b1c
 def all_losses() -> dict: # Name -> class, in the order of the names
     "Every loss of `discloss.losses`"
     found = {}
     for m in pkgutil.iter_modules(discloss.losses.__path__, 'discloss.losses.'):
         found |= {c().name: c for c in vars(importlib.import_module(m.name)).values()
-                  if isinstance(c, type) and issubclass(c, DiscLoss) and c.__module__ == m.name}
+                  if isinstance(c, type) and issubclass(c, DiscLoss) and not inspect.isabstract(c) and c.__module__ == m.name}
     return dict(sorted(found.items()))
 
 def parse_loss(

@@ -49,13 +49,16 @@ class CenterHead(LinearHead):
         logits = self.fc(feats)
         return (logits, feats, self.centers) if self.training else logits
 
-# %% ../nbs/01_heads.ipynb #896d2b38
+# %% ../nbs/01_heads.ipynb #d0711de1
+def _norm(x): # Norms of the rows, shape (n, 1); 1 for a row that is exactly zero
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(norm > 0, norm, 1)
+
 def unit(
     x:Tensor, # Shape (n, d)
 ) -> Tensor: # Rows of norm 1; a row that is exactly zero stays zero
     "Each row divided by its norm"
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1)
+    return x / _norm(x)
 
 @full_precision
 def cosine(
@@ -63,7 +66,8 @@ def cosine(
     weight:Tensor, # Shape (classes, d)
 ) -> Tensor: # Shape (batch, classes), in [-1, 1] up to rounding
     "Cosine of each feature with each class weight, in full precision"
-    return F.linear(unit(feats), unit(weight))
+    # $w_j$ is divided by its norm after the product: cheaper where batch < classes or features are many
+    return F.linear(unit(feats), weight) * (1/_norm(weight)).T
 
 class CosineHead(Head):
     "Scaled cosine to learned class weights; in training `(logits, cosine)`"
