@@ -19,8 +19,9 @@ from discloss.data import image_dls, load_arrays, to_pixels
 from discloss.geometry import GeometryCallback, geometry, get_features
 from discloss.losses.cc import CCLoss, class_balanced
 from discloss.losses.center import CenterLoss, center_loss
+from discloss.losses.cosface import CosFaceLoss
 from discloss.losses.cross_entropy import CrossEntropy
-from discloss.losses.gsoftmax import GSoftmaxLoss, gsoftmax_loss
+from discloss.losses.gsoftmax import gsoftmax_loss
 from discloss.losses.ldmat import LDMATLoss
 from discloss.losses.pedcc import PEDCCLoss, simplex
 from discloss.losses.pod import PODLoss, PODSchedule
@@ -139,7 +140,7 @@ hparams = { # Name -> (the call, what the message says)
     'negative weight':      (lambda: CenterLoss(lam=-1), ('lam', 'at least 0', '-1')),
     'weight of NaN':        (lambda: CenterLoss(lam=math.nan), ('lam', 'at least 0', 'nan')),
     'alpha of 2':           (lambda: CenterLoss(alpha=2), ('alpha', '[0, 1]', '2')),
-    'negative scale':       (lambda: GSoftmaxLoss(scale=-30.), ('scale', 'positive', '-30')),
+    'negative scale':       (lambda: CosFaceLoss(scale=-30.), ('scale', 'positive', '-30')),
     'scale of zero':        (lambda: PEDCCLoss(scale=0), ('scale', 'positive', '0')),
     'negative margin':      (lambda: PEDCCLoss(margin=-0.1), ('margin', 'at least 0', '-0.1')),
     'root below one':       (lambda: PEDCCLoss(root=0.5), ('root', 'at least 1', '0.5')),

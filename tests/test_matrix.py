@@ -86,6 +86,23 @@ def plain_fit(loss, tmp):
     train(learn, 4)
     assert value() < before
 
+@situation('plain PyTorch loop')
+def plain_loop(loss, tmp):
+    "Without a Learner, on batches as they come from fastai's loaders, which are of tensor subclasses"
+    learn = learner(loss)
+    model, values = learn.model.train(), []
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = learn.dls.train.one_batch()
+    assert type(x) is not torch.Tensor and type(y) is not torch.Tensor
+    for _ in range(5):
+        value = loss(model(x), y)
+        assert type(value) is torch.Tensor
+        opt.zero_grad()
+        value.backward()
+        opt.step()
+        values.append(value.item())
+    assert values[-1] < values[0], values
+
 @situation('fine_tune of disc_learner')
 def fine_tune(loss, tmp):
     learn = silent(disc_learner(loaders(), tiny, loss, pretrained=False, n_in=1, lin_ftrs=[16]))

@@ -38,10 +38,10 @@ def whole_way(loss, head, x, y, dtype):
 
 def loss_alone(loss, out, y, dtype):
     "Losses and gradient by the logits and what has a row for each sample, of what a head gave, rounded to bfloat16, in `dtype`"
-    out = [o.detach().bfloat16().to(dtype) if o.is_floating_point() else o.clone() for o in out]
-    for o,k in zip(out, ('logits', *loss.extras)): o.requires_grad_(k == 'logits' or k in loss.rows)
+    out = [o.detach().bfloat16().to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else copy.deepcopy(o) for o in out]
+    rows = [o.requires_grad_() for o,k in zip(out, ('logits', *loss.extras)) if k == 'logits' or k in loss.rows]
     losses = loss(tuple(out) if len(out) > 1 else out[0], y)
-    grads = torch.autograd.grad(losses.mean(), [o for o in out if o.requires_grad], allow_unused=True)
+    grads = torch.autograd.grad(losses.mean(), rows, allow_unused=True)
     return losses.detach(), torch.cat([g.flatten().double() for g in grads if g is not None])
 
 def measure(name, case, c=8, d=16):

@@ -14,7 +14,7 @@ def batches(draw, dtypes=dtypes):
     "What makes a batch: samples, features, classes, dtype, scale, labels, and the seed of features and weights"
     n, c = draw(st.integers(1, 12)), draw(st.integers(2, 8))
     return dict(n=n, c=c, d=draw(st.integers(c-1, 16)), dtype=draw(st.sampled_from(dtypes)), scale=10**draw(st.floats(-6, 6)), offset=draw(st.sampled_from([0., 0., 1., 100.])),
-                labels=draw(st.lists(st.integers(0, c-1), min_size=n, max_size=n)), label_dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.uint8])), seed=draw(st.integers(0, 2**31)))
+                labels=draw(st.lists(st.integers(0, c-1), min_size=n, max_size=n)), label_dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.uint16, torch.uint8])), seed=draw(st.integers(0, 2**31)))
 
 class Example:
     "A batch with a head: `value(feats)` is the loss of a fresh copy of the head, which therefore has moved nothing before"
