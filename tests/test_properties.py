@@ -79,7 +79,7 @@ def descends(loss, b):
     lower = [e.losses(x.detach() - step*s*g, reduction='mean').item() < value.item() for s in (1., .1, .01, 1e-3, 1e-4)]
     assert any(lower), (value.item(), promised.item())
 
-properties = dict(finite=(finite, dtypes), permuted=(permuted, dtypes[3:]), reduced=(reduced, dtypes), descends=(descends, dtypes[3:]))
+properties = dict(finite=(finite, dtypes), permuted=(permuted, dtypes[3:]), reduced=(reduced, dtypes[1:]), descends=(descends, dtypes[3:]))
 
 def check(name, prop, examples, record_property):
     f, kinds = properties[prop]
