@@ -5,9 +5,10 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'device_name', 'run_loss', 'append_result', 'read_results', 'better', 'Comparison', 'compare',
            'discloss_compare']
 
-# %% ../nbs/07_compare.ipynb #4e1507c8
+# %% ../nbs/07_compare.ipynb #52b4da13
 import ast, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, sys, time, zipfile, zlib
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -290,7 +291,7 @@ def _mean_std(v, fmt):
     v = np.asarray(v, float)
     return format(v.mean(), fmt) + (f' ± {format(v.std(ddof=1), fmt)}' if len(v) > 1 else '')
 
-# %% ../nbs/07_compare.ipynb #398b888d
+# %% ../nbs/07_compare.ipynb #d8980726
 def _fingerprint(dls):
     "Numbers that change when the images or the splits do"
     return [[*d.x.shape, int(d.x[::50].long().sum()), int((d.y*torch.arange(len(d), device=d.y.device)).sum())] for d in (dl.dataset for dl in dls)]
@@ -335,12 +336,13 @@ def compare(
 ) -> Comparison:
     "Train each loss with each seed under the same conditions, and return all results; finished runs in `out` are not done again"
     losses = parse_losses(losses)
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    def whole(n, least): return isinstance(n, int) and n >= least
+    seeds = list(range(seeds)) if isinstance(seeds, Integral) else list(seeds)
+    def whole(n, least): return isinstance(n, Integral) and n >= least
     for name,value,ok,wants in (('losses', losses, len(losses) > 0, 'at least one'), ('epochs', epochs, whole(epochs, 1), 'at least 1'), ('seeds', seeds, len(seeds) > 0, 'at least 1'),
                                 ('seeds', seeds, all(whole(s, 0) and s < 2**32 for s in seeds) and len(set(seeds)) == len(seeds), 'different whole numbers in 0..2**32-1'),
                                 ('lr', lr, 0 < lr < math.inf, 'positive'), ('wd', wd, wd is None or 0 <= wd < math.inf, 'at least 0'), ('n_feats', n_feats, n_feats is None or whole(n_feats, 1), 'at least 1')):
         if not ok: raise ValueError(f"{name} must be {wants}, got {value}")
+    seeds = [int(s) for s in seeds]
     if cbs is not None and (isinstance(cbs, Callback) or not callable(cbs)): raise TypeError(f"cbs must be a function that makes callbacks for a loss, since each run needs its own, got {cbs!r}")
     if not isinstance(data, (str,Path,ImageTensorLoaders)): raise TypeError(f"data must be a name, a folder, or what image_dls gives (it has a test set), got {type(data).__name__}")
     if arch is None: arch = default_arch.get(getattr(data, 'name', str(data)), 'small_body')
@@ -354,8 +356,8 @@ def compare(
     dls = data if isinstance(data, ImageTensorLoaders) else image_dls(data, bs=bs, device=device, **data_kwargs)
     for label,loss in losses.items(): # A head that does not fit, or a loss that refuses these data, is found now
         try:
-            learn = loss_learner(loss, dls, arch, n_feats)
-            with torch.no_grad(): learn.loss_func(learn.model.to(dls.device)(*(batch := dls.one_batch())[:-1]), batch[-1])
+            learn, (*xs, y) = loss_learner(loss, dls, arch, n_feats), dls.one_batch()
+            with torch.no_grad(): loss(learn.model.to(dls.device)(*xs), y)
         except ValueError as e: raise ValueError(f"{label}: {e}") from e
     augment = [{k: v for k,v in vars(t).items() if k in ('pad','flip')} for t in dls.train.after_batch.fs if hasattr(t, 'pad')]
     base = dict(data=dls.name, fingerprint=_fingerprint(dls), n=[len(dl.dataset) for dl in dls], augment=augment, arch=arch if isinstance(arch, str) else getattr(arch, '__qualname__', str(arch)),

@@ -65,7 +65,7 @@ class Case:
         if epochs: learn.fit_one_cycle(epochs, 1e-2)
         return learn
 
-# %% ../nbs/06_contract.ipynb #84b59d6e
+# %% ../nbs/06_contract.ipynb #e9dd4b13
 checks = [] # In the order in which `check_loss` runs them
 
 def _check(f):
@@ -94,12 +94,14 @@ def head_outputs(case):
     out = head(feats)
     n = len(out)-1 if isinstance(out, tuple) else 0
     assert n == len(case.original.extras), f"in training the head gives {n} tensors after the logits, the loss wants {case.original.extras}"
+    wrong = [type(o).__name__ for o in out if not isinstance(o, torch.Tensor)]
+    assert not wrong, f"all that a head gives must be tensors, since fastai's mixed precision casts all of it, and {wrong} is among it"
     before = _state(head)
     logits = head.eval()(feats)
     assert isinstance(logits, torch.Tensor) and logits.shape == (len(feats), case.n_out), "in evaluation a head gives one tensor of shape (batch, classes)"
     assert not _changed(before, head), f"evaluation changed {_changed(before, head)}"
-    wrong = [k for k,_ in head.named_buffers() if k.split('.')[-1] == 'weight']
-    assert not wrong, f"buffer {wrong}: fastai's apply_init would overwrite a buffer called weight"
+    named = [k for k,_ in head.named_buffers() if k.split('.')[-1] == 'weight']
+    assert not named, f"buffer {named}: fastai's apply_init would overwrite a buffer called weight"
 
 @_check
 def trains(case):

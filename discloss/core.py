@@ -4,10 +4,11 @@
 __all__ = ['reductions', 'full_precision', 'reduce_losses', 'all_sum', 'check_inputs', 'Head', 'DiscLoss', 'find_head',
            'with_head', 'TrainMetrics', 'disc_learner']
 
-# %% ../nbs/00_core.ipynb #524b2792
+# %% ../nbs/00_core.ipynb #d9df4719
 import inspect, math
 from copy import deepcopy
 from functools import wraps
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,7 @@ def find_head(
         if found: return found[-1]
     raise ValueError(f"{type(model).__name__} has no nn.Linear to replace: name its classifier with layer=..., or give a body with the attribute n_feats")
 
-# %% ../nbs/00_core.ipynb #b1c4b0b7
+# %% ../nbs/00_core.ipynb #4dab71f0
 def with_head(
     model:nn.Module, # A classifier (torchvision, timm, home-made), or a body with the attribute `n_feats`; it is not changed
     loss:DiscLoss, # The loss whose head is wanted
@@ -192,7 +193,7 @@ def with_head(
     if isinstance(loss, type): raise TypeError(f"with_head needs an instance of a loss, {loss.__name__}(), got the class")
     if not isinstance(loss, DiscLoss): raise TypeError(f"with_head needs a DiscLoss, got {type(loss).__name__}")
     if not isinstance(model, nn.Module): raise TypeError(f"with_head needs a model, an nn.Module, got {type(model).__name__}")
-    if not isinstance(n_out, int): raise TypeError(f"n_out must be a whole number, got {n_out!r}")
+    if not isinstance(n_out, Integral): raise TypeError(f"n_out must be a whole number, got {n_out!r}")
     model = deepcopy(model)
     is_body = isinstance(getattr(model, 'n_feats', None), int) and layer is None and not any(isinstance(m, Head) for m in model.modules())
     if is_body: return nn.Sequential(model, loss.head(model.n_feats, n_out))

@@ -4,10 +4,11 @@
 __all__ = ['image_sets', 'data_root', 'load_arrays', 'CropFlip', 'ImageTensors', 'TensorDL', 'to_pixels', 'ImageTensorLoaders',
            'channel_stats', 'image_dls']
 
-# %% ../nbs/03_data.ipynb #4e8c7a38
+# %% ../nbs/03_data.ipynb #7eba7205
 import difflib, os, struct, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def data_root(
     "The folder in which image sets are looked for"
     return Path(root or os.environ.get('DISCLOSS_DATA') or fastai_path('data')).expanduser()
 
-# %% ../nbs/03_data.ipynb #456c4287
+# %% ../nbs/03_data.ipynb #8f6935ea
 _keys = 'x_train', 'y_train', 'x_test', 'y_test'
 
 def _digits():
@@ -72,12 +73,10 @@ def _from_npz(f):
         if y.shape == (len(x),1): y = y[:,0]
         if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer): raise ValueError(f"{f}: y_{s} must be {len(x)} class indices, got {y.dtype} {y.shape}: {remedy}")
         arrays[f'y_{s}'] = y
-    n, (lo,hi) = sum(len(arrays[f'y_{s}']) for s in ('train','test')), [f(arrays[f'y_{s}'] for s in ('train','test')) for f in (_least, _most)]
+    labels = np.concatenate([arrays['y_train'], arrays['y_test']])
+    n, lo, hi = len(labels), labels.min(), labels.max()
     if lo < 0 or hi >= n: raise ValueError(f"{f}: labels must be class indices from 0, and {n} images cannot have more than {n} classes, got {lo if lo < 0 else hi}: {remedy}")
     return arrays
-
-def _least(ys): return min(int(y.min()) for y in ys)
-def _most(ys): return max(int(y.max()) for y in ys)
 
 def _from_torchvision(name, cls, root):
     try: sets = [cls(root, train=t, download=False) for t in (True,False)]
@@ -104,7 +103,7 @@ def load_arrays(
         like = difflib.get_close_matches(name, image_sets, n=1)
         raise ValueError(f"unknown image set {name!r}{f', did you mean {like[0]!r}?' if like else ''} Known are {', '.join(image_sets)}, "
                          f"a folder of images, and any file <name>.npz in {root}")
-    most = _most((arrays['y_train'], arrays['y_test']))
+    most = int(max(arrays['y_train'].max(), arrays['y_test'].max()))
     vocab = known['vocab'] if known else [str(i) for i in range(most+1)]
     if most >= len(vocab): raise ValueError(f"{name} has {len(vocab)} classes, and its files in {root} have the label {most}: put a whole copy there")
     return arrays, vocab
@@ -223,7 +222,7 @@ class ImageTensorLoaders(DataLoaders):
             ys = torch.tensor(ys, device=x.device)
         return self.valid.new(ImageTensors(x, ys, ds.vocab), **{'num_workers': 0, **kwargs})
 
-# %% ../nbs/03_data.ipynb #7e456e40
+# %% ../nbs/03_data.ipynb #52bcdcf7
 def _from_folder(path, size, channels, seed):
     "Arrays and class names of a folder of images"
     train = path/'train' if (path/'train').is_dir() else path
@@ -292,8 +291,8 @@ def image_dls(
 ) -> ImageTensorLoaders: # Three loaders: `train`, `valid` and `test`
     "A small image set as fastai `DataLoaders`, on the device"
     for k,v in dict(bs=bs, n_train=n_train, size=size).items():
-        if v is not None and not (isinstance(v, int) and v >= 1): raise ValueError(f"{k} must be a whole number, at least 1, got {v!r}")
-    if pad is not None and not (isinstance(pad, int) and pad >= 0): raise ValueError(f"pad must be a whole number, at least 0, got {pad!r}")
+        if v is not None and not (isinstance(v, Integral) and v >= 1): raise ValueError(f"{k} must be a whole number, at least 1, got {v!r}")
+    if pad is not None and not (isinstance(pad, Integral) and pad >= 0): raise ValueError(f"pad must be a whole number, at least 0, got {pad!r}")
     if channels not in (None,1,3): raise ValueError(f"channels must be 1 or 3, got {channels}")
     if valid_pct is not None and not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     device = default_device() if device is None else _usable(device)

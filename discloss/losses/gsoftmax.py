@@ -3,7 +3,9 @@
 # %% auto #0
 __all__ = ['gsoftmax_loss', 'GSoftmaxLoss']
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #f04d2fe0
+# %% ../../nbs/losses/50_gsoftmax.ipynb #74938e13
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +35,9 @@ def gsoftmax_loss(
     logits = (scale*neg).scatter_(1, targ[:,None], scale*pos)
     return reduce_losses(F.cross_entropy(logits, targ, reduction='none'), reduction)
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #dcc8ede3
-class GSoftmaxLoss(DiscLoss):
-    "Cross-entropy of scaled cosines, and the base of losses that transform them first: they override `transform`"
+# %% ../../nbs/losses/50_gsoftmax.ipynb #30dd0eb0
+class GSoftmaxLoss(DiscLoss, ABC):
+    "Base of losses that are cross-entropy of scaled, transformed cosines; they say what their `transform` is"
     extras = CosineHead.extras
     def __init__(self,
         scale:float=30., # What cosines are multiplied by, in the loss and in the head's logits; positive. 30 as in AM-softmax
@@ -52,11 +54,11 @@ class GSoftmaxLoss(DiscLoss):
         "The head of the family, with the scale of this loss"
         return CosineHead(n_in, n_out, scale=self.scale)
 
+    @abstractmethod
     def transform(self,
         pos:Tensor, # Cosine to the own class, shape (batch, 1)
         neg:Tensor, # Cosines to all classes, shape (batch, classes); the entry of the own class does not count
     ) -> tuple: # Both transformed, of the same shapes
-        "What is done to the cosines before they are scaled; here nothing"
-        return pos, neg
+        "What is done to the cosines before they are scaled"
 
     def loss(self, logits, cosine, targ): return gsoftmax_loss(cosine, targ, self.transform, self.scale, reduction='none')
