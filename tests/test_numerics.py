@@ -21,6 +21,8 @@ def features(head, c, d):
 
 # Stated bounds of the error of losses, and of their gradient by the features, in float32: measured errors are mostly 1e-7, and at most a fifth of these
 bounds = {'ordinary': (1e-5, 1e-5), 'collapsed, far away': (1e-5, 1e-3), 'cosines at 1': (1e-4, 1e-3), 'cosines at -1': (1e-4, 1e-3), 'logits of 1e4': (1e-5, 1e-5), '100,000 classes': (1e-4, 1e-4)}
+# The slope of ArcFace's margin is one over the sine of the angle, and where the cosine is 1 to six digits, float32 knows little of its sine
+wider = {('arcface', 'cosines at 1'): (1e-4, 0.1)}
 # And of a loss whose logits and other inputs are rounded to bfloat16, against float64 on the same rounded numbers: it computes in float32, so only its gradient is rounded once more
 bounds_bf16 = 1e-4, 1e-2
 
@@ -57,8 +59,10 @@ def measure(name, case, c=8, d=16):
         res[dtype] = relative(v, v64, unit=1.), relative(g, g64, unit)
     return res
 
-def check(errors, case):
-    for dtype,limit in (('float32', bounds[case]), ('bfloat16', bounds_bf16)):
+def check(name, case, errors, record_property):
+    limits = dict(float32=wider.get((name, case), bounds[case]), bfloat16=bounds_bf16)
+    record_property('errors', {name: {case: {**errors, 'bounds': limits}}})
+    for dtype,limit in limits.items():
         assert all(e <= b for e,b in zip(errors[dtype], limit)), f'{dtype}: errors of value and gradient {errors[dtype]}, bounds {limit}'
 
 names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in all_losses()]
@@ -66,9 +70,7 @@ names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in all
 @pytest.mark.parametrize('case', [k for k in bounds if k != '100,000 classes'])
 @pytest.mark.parametrize('name', names)
 def test_hard_inputs(name, case, record_property):
-    errors = measure(name, case)
-    record_property('errors', {name: {case: {**errors, 'bounds': {'float32': bounds[case], 'bfloat16': bounds_bf16}}}})
-    check(errors, case)
+    check(name, case, measure(name, case), record_property)
 
 @pytest.mark.parametrize('name', names)
 def test_many_classes(name, record_property):
@@ -78,5 +80,4 @@ def test_many_classes(name, record_property):
         assert '100000 points' in str(e) and '16 dimensions' in str(e)
         record_property('errors', {name: {'100,000 classes': str(e)}})
         return
-    record_property('errors', {name: {'100,000 classes': {**errors, 'bounds': {'float32': bounds['100,000 classes'], 'bfloat16': bounds_bf16}}}})
-    check(errors, '100,000 classes')
+    check(name, '100,000 classes', errors, record_property)
