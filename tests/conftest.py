@@ -52,9 +52,11 @@ def pytest_terminal_summary(terminalreporter, config):
 def _record(file):
     from discloss.compare import all_losses, device_name, versions
     import torch
-    old = json.loads(file.read_text()) if file.exists() else {}
+    old, losses = json.loads(file.read_text()) if file.exists() else {}, all_losses()
+    def known(d): return {k: v for k,v in d.items() if k in losses} # A loss that is no more is dropped
     new = {k: {**old.get(k, {}), **v} for k,v in found.items()}
-    new['cells'] = {s: {l: c for l,c in {**old.get('cells', {}).get(s, {}), **new['cells'][s]}.items() if l in all_losses()} for s in new['cells']}
+    new['cells'] = {s: known({**old.get('cells', {}).get(s, {}), **found['cells'].get(s, {})}) for s in new['cells']}
+    new |= {k: known(new[k]) for k in ('examples','errors')}
     new |= dict(versions=versions(), device=device_name('cuda' if torch.cuda.is_available() else 'cpu'), system=f'{platform.system()} {platform.machine()}')
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(new, indent=1, ensure_ascii=False) + '\n')
