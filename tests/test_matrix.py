@@ -17,11 +17,11 @@ from discloss.compare import all_losses
 from discloss.core import TrainMetrics, disc_learner, find_head, with_head
 from discloss.data import ImageTensorLoaders, ImageTensors, image_dls
 
-situations = {} # Name -> (function, may the loss refuse?, group of tests that share a child process)
+situations = {} # Name -> (function, may the loss refuse?)
 
-def situation(name, may_refuse=False, group=None):
+def situation(name, may_refuse=False):
     def _add(f):
-        situations[name] = f, may_refuse, group
+        situations[name] = f, may_refuse
         return f
     return _add
 
@@ -389,7 +389,7 @@ torch.save(out, 'out.pt')
     assert res.returncode == 0, res.stderr[-3000:]
     return torch.load(tmp/'out.pt', weights_only=True)
 
-@situation('export, load_learner elsewhere', group='export')
+@situation('export, load_learner elsewhere')
 def load_elsewhere(loss, tmp): assert torch.allclose(loaded_elsewhere()[loss.name], trained_learner(loss.name).get_preds()[0], atol=1e-5)
 
 STEPS = """
@@ -431,7 +431,7 @@ def ddp_states():
         assert p.returncode == 0, err[-3000:]
     return [torch.load(tmp/f'{f}.pt', weights_only=True) for f in ('1-0','2-0','2-1')]
 
-@situation('two processes (DDP)', group='ddp')
+@situation('two processes (DDP)')
 def two_processes(loss, tmp):
     "A step of two processes equals the step of one; where a loss compares samples of one process only, the processes still stay the same"
     alone, first, second = (s[loss.name] for s in ddp_states())
@@ -441,12 +441,11 @@ def two_processes(loss, tmp):
 
 # ---- the table
 
-cells = [pytest.param(name, s, id=f'{name}-{s}', marks=[pytest.mark.xdist_group(situations[s][2] or name)]) for name in all_losses() for s in situations]
-
-@pytest.mark.parametrize('name, situation', cells)
+@pytest.mark.parametrize('situation', situations)
+@pytest.mark.parametrize('name', all_losses())
 def test_cell(name, situation, tmp_path, record_property):
     record_property('cell', (name, situation))
-    f, may_refuse, _ = situations[situation]
+    f, may_refuse = situations[situation]
     try: f(all_losses()[name](), tmp_path)
     except (NotImplementedError, TypeError, ValueError) as e:
         ours = Path(discloss.__file__).parent in Path(traceback.extract_tb(e.__traceback__)[-1].filename).parents

@@ -65,14 +65,12 @@ def check(name, case, errors, record_property):
     for dtype,limit in limits.items():
         assert all(e <= b for e,b in zip(errors[dtype], limit)), f'{dtype}: errors of value and gradient {errors[dtype]}, bounds {limit}'
 
-names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in all_losses()]
-
 @pytest.mark.parametrize('case', [k for k in bounds if k != '100,000 classes'])
-@pytest.mark.parametrize('name', names)
+@pytest.mark.parametrize('name', all_losses())
 def test_hard_inputs(name, case, record_property):
     check(name, case, measure(name, case), record_property)
 
-@pytest.mark.parametrize('name', names)
+@pytest.mark.parametrize('name', all_losses())
 def test_many_classes(name, record_property):
     "100,000 classes; fixed centroids need nearly as many features, and say so at once"
     try: errors = measure(name, 'ordinary', c=100_000, d=16)
