@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #d4f1d540
+# %% ../nbs/99_all.ipynb #bf867fae
 import importlib, pkgutil
 
 import discloss.losses
@@ -15,6 +15,7 @@ from .data import *
 from .geometry import *
 from .heads import *
 from .plot import *
+from .pruning import *
 
 for _m in pkgutil.iter_modules(discloss.losses.__path__, 'discloss.losses.'):
     _m = importlib.import_module(_m.name)

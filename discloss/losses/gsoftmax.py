@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import DiscLoss, check_inputs, full_precision, reduce_losses
 from ..heads import CosineHead
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #a1417ac1
+# %% ../../nbs/losses/50_gsoftmax.ipynb #5ac6d1a0
 @full_precision
 def gsoftmax_loss(
     cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
@@ -27,15 +27,17 @@ def gsoftmax_loss(
     if cosine.device.type == 'cpu' and not torch.compiler.is_compiling():
         lo, hi = cosine.detach().aminmax()
         if lo < -1.01 or hi > 1.01: raise ValueError(f"cosine must be in [-1, 1], got {lo:.3g} to {hi:.3g}: give the cosines as they are, not logits that are scaled already")
-    targ = targ.long()
+    return reduce_losses(_losses(cosine, targ.long(), transform, scale), reduction)
+
+def _losses(cosine, targ, transform, scale): # The same without a look at the input, for heads
     # $u_{iy_i}$ and $u_{ij}$; what becomes of the positive among the latter is overwritten
     pos, neg = cosine.gather(1, targ[:,None]), cosine
     if transform is not None: pos, neg = transform(pos, neg)
     # $s\,z_{ij}$: $T_p$ at the label, $T_n$ elsewhere
     logits = (scale*neg).scatter_(1, targ[:,None], scale*pos)
-    return reduce_losses(F.cross_entropy(logits, targ, reduction='none'), reduction)
+    return F.cross_entropy(logits, targ, reduction='none')
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #30dd0eb0
+# %% ../../nbs/losses/50_gsoftmax.ipynb #d5333d2e
 class GSoftmaxLoss(DiscLoss, ABC):
     "Base of losses that are cross-entropy of scaled, transformed cosines; they say what their `transform` is"
     extras = CosineHead.extras
@@ -61,4 +63,4 @@ class GSoftmaxLoss(DiscLoss, ABC):
     ) -> tuple: # Both transformed, of the same shapes
         "What is done to the cosines before they are scaled"
 
-    def loss(self, logits, cosine, targ): return gsoftmax_loss(cosine, targ, self.transform, self.scale, reduction='none')
+    def loss(self, logits, cosine, targ, scale=None): return _losses(cosine, targ, self.transform, self.scale if scale is None else scale)

@@ -23,7 +23,7 @@ def normface_loss(
     # $-\log\mathrm{softmax}(s\,u_i)_{y_i}$
     return gsoftmax_loss(cosine, targ, None, scale, reduction)
 
-# %% ../../nbs/losses/52_normface.ipynb #d1f59d42
+# %% ../../nbs/losses/52_normface.ipynb #5c2f4421
 class NormFaceHead(CosineHead):
     "Cosine to learned class weights, times a learned scale; in training `(logits, cosine, scale)`"
     extras = 'cosine', 'scale'
@@ -63,4 +63,4 @@ class NormFaceLoss(GSoftmaxLoss):
     def transform(self, pos, neg): return pos, neg
     def loss(self, logits, cosine, *scale_targ):
         *scale, targ = scale_targ
-        return normface_loss(cosine, targ, *(scale or [self.scale]), reduction='none')
+        return super().loss(logits, cosine, targ, *scale)
