@@ -16,6 +16,7 @@ class Body(nn.Sequential):
     ):
         super().__init__(*layers)
         self.n_feats = n_feats
+    def __getitem__(self, i): return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
 
 def _conv(ni, no, ks=3, stride=1, act=nn.ReLU):
     "Convolution, batch norm, activation"

@@ -37,7 +37,7 @@ def sigma2r_loss(
     # $\nu$, constant: the mean of $d$ over the batch, in all processes
     unit = 1.
     if shift == 'relative':
-        total, n = all_sum(torch.stack([d.detach().sum(), d.new_tensor(float(len(d)))]))
+        total, n = all_sum(torch.stack([d.detach().sum(), d.new_full((), len(d))]))
         unit = (total/n).clamp_min(torch.finfo(d.dtype).tiny)
     # $\operatorname{sig}(s\,(d_i/\nu-\tau))$
     factor = torch.sigmoid(slope*(d/unit - tau))
