@@ -262,6 +262,8 @@ def compiles(case):
     torch._dynamo.reset()
     # The compiler remembers modules by name, and a process that runs several notebooks has several called `__main__`
     getattr(getattr(sys.modules.get('torch._dynamo.symbolic_convert'), '_import_module', None), 'cache_clear', noop)()
+    for m in list(sys.modules.values()):
+        if isinstance(m, type(sys)): vars(m).pop('__import___main__', None)
     (v1,g1),(v2,g2) = (case.step(feats, targ, h, l) for h,l in zip(copies, (case.loss, torch.compile(case.loss, backend='aot_eager'))))
     assert torch.allclose(v1, v2, rtol=1e-5) and torch.allclose(g1, g2, rtol=1e-4, atol=1e-7), f"plain {v1}, compiled {v2}, gradients differ by {(g1-g2).abs().max():.2g}"
     off = [k for k,v in copies[0].state_dict().items() if not torch.allclose(v, copies[1].state_dict()[k], atol=1e-6)]
