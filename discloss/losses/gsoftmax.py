@@ -14,7 +14,6 @@ from ..core import DiscLoss, check_inputs, full_precision, reduce_losses
 from ..heads import CosineHead
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #5ac6d1a0
-@full_precision
 def gsoftmax_loss(
     cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
@@ -29,6 +28,7 @@ def gsoftmax_loss(
         if lo < -1.01 or hi > 1.01: raise ValueError(f"cosine must be in [-1, 1], got {lo:.3g} to {hi:.3g}: give the cosines as they are, not logits that are scaled already")
     return reduce_losses(_losses(cosine, targ.long(), transform, scale), reduction)
 
+@full_precision
 def _losses(cosine, targ, transform, scale): # The same without a look at the input, for heads
     # $u_{iy_i}$ and $u_{ij}$; what becomes of the positive among the latter is overwritten
     pos, neg = cosine.gather(1, targ[:,None]), cosine
