@@ -3,37 +3,27 @@
 # %% auto #0
 __all__ = ['distances', 'ldmat_loss', 'NearestMeanHead', 'update_means', 'LDMATLoss']
 
-# %% ../../nbs/losses/30_ldmat.ipynb #27013b70
+# %% ../../nbs/losses/30_ldmat.ipynb #651d6a6a
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..core import DiscLoss, Head, all_sum, check_inputs, full_precision, reduce_losses
+from ..heads import squared_distances
 
-# %% ../../nbs/losses/30_ldmat.ipynb #8c0bc191
-def _expanded(x, z):
-    "Squared distances of rows by scalar products, seen from the mean of `z`, with the squared norms"
-    z = z.to(x.dtype)
-    center = z.mean(0).detach()
-    a, b = x-center, z-center
-    # $\lVert a_i\rVert^2 - 2a_i^\top b_j + \lVert b_j\rVert^2$
-    a2, b2 = a.square().sum(1)[:,None], b.square().sum(1)
-    return a2 - 2*a@b.T + b2, a2, b2
-
+# %% ../../nbs/losses/30_ldmat.ipynb #0d558d3e
 @full_precision
 def distances(
     x:Tensor, # Shape (n, d), floating point
     z:Tensor, # Shape (m, d)
 ) -> Tensor: # Shape (n, m)
     "Distance of each row of `x` to each row of `z`, from exact differences; the gradient is 0 where two rows coincide"
-    with torch.no_grad(): exact = torch.cdist(x, z.to(x.dtype), compute_mode='donot_use_mm_for_euclid_dist')
-    expanded, a2, b2 = _expanded(x, z)
-    # the exact value with the derivatives of the expanded form
-    square = exact.square() + (expanded-expanded.detach())
+    square, center = squared_distances(x, z), z.to(x.dtype).mean(0)
     # rows that are equal up to rounding have no direction
-    apart = exact > torch.finfo(x.dtype).eps*(a2.sqrt()+b2.sqrt()).detach()
-    return torch.where(apart, torch.where(apart, square, 1).sqrt(), exact)
+    eps = torch.finfo(x.dtype).eps
+    apart = square > (eps*((x-center).norm(dim=1)[:,None] + (z-center).norm(dim=1))).square()
+    return torch.where(apart, torch.where(apart, square, 1).sqrt(), square.detach().sqrt())
 
 # %% ../../nbs/losses/30_ldmat.ipynb #b76c79a9
 def _check_hparams(delta, slack):
@@ -71,7 +61,7 @@ def ldmat_loss(
     # $l_i = \frac1{N-1}\sum_j (d_{ij}-t_{ij})^2$
     return reduce_losses(errors.sum(1)/max(n-1, 1), reduction)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #bc7b4137
+# %% ../../nbs/losses/30_ldmat.ipynb #17de85a8
 class NearestMeanHead(Head):
     "Nearest running class mean, without any parameter; in training `(logits, feats, means, counts)`"
     extras = 'feats', 'means', 'counts'
@@ -93,9 +83,7 @@ class NearestMeanHead(Head):
         "Logits, and in training the features, the class means and how often each was updated (the buffers themselves)"
         # $\lVert x-\mu_j\rVert^2/\delta^2$; in training without gradient, since the loss will move the means
         x = feats.detach() if self.training else feats
-        # `cdist` has no counterpart in ONNX, so an exported head works by scalar products
-        d2 = full_precision(_expanded)(x, self.means)[0].clamp_min(0) if torch.compiler.is_compiling() else distances(x, self.means)**2
-        d2 = d2/self.delta**2
+        d2 = full_precision(squared_distances)(x, self.means, exact=False)/self.delta**2
         # a class that was never seen is farther than all others
         logits = -self.scale*torch.where(self.counts > 0, d2, d2.amax(1, keepdim=True)+1)
         return (logits, feats, self.means, self.counts) if self.training else logits

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['distance_metrics', 'soft_nn_loss', 'entanglement', 'Temperature', 'SoftNNHead', 'SoftNNLoss']
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #3315715c
+# %% ../../nbs/losses/61_soft_nn.ipynb #34de1d05
 import math
 from functools import partial
 
@@ -13,27 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import DiscLoss, check_inputs, full_precision, reduce_losses
-from ..heads import LinearHead, unit
+from ..heads import LinearHead, squared_distances, unit
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #575c94c6
+# %% ../../nbs/losses/61_soft_nn.ipynb #5879d24e
 distance_metrics = 'euclidean', 'cosine'
 
 def _check_hparams(temperature, metric):
     if not isinstance(temperature, Tensor) and not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
     if metric not in distance_metrics: raise ValueError(f"metric must be one of {distance_metrics}, got {metric!r}")
 
-def _pair_squares(x):
-    "Squared distances of all pairs, from exact differences; with the derivatives of the expanded form"
-    with torch.no_grad(): exact = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist').square()
-    a = x - x.detach().mean(0)
-    # $\lVert a_i\rVert^2 - 2a_i^\top a_j + \lVert a_j\rVert^2$
-    a2 = a.square().sum(1)
-    expanded = a2[:,None] - 2*a@a.T + a2
-    return exact + (expanded-expanded.detach())
-
 def _distances(feats, metric, relative):
     # $d_{ij}=\lVert x_i-x_j\rVert^2$, or $1-\cos = \frac12\lVert\hat x_i-\hat x_j\rVert^2$
-    d = _pair_squares(unit(feats))/2 if metric == 'cosine' else _pair_squares(feats)
+    x = unit(feats) if metric == 'cosine' else feats
+    d = squared_distances(x, x)/(2 if metric == 'cosine' else 1)
     if not relative: return d
     # $u=\frac1{b(b-1)}\sum_{i\ne j}d_{ij}$; any unit will do when all are equal
     u = d.sum()/max(len(d)*(len(d)-1), 1)
