@@ -5,8 +5,9 @@ __all__ = ['default_arch', 'measures', 'all_losses', 'parse_loss', 'loss_label',
            'device_name', 'run_loss', 'append_result', 'read_results', 'better', 'Comparison', 'compare',
            'discloss_compare']
 
-# %% ../nbs/07_compare.ipynb #52b4da13
+# %% ../nbs/07_compare.ipynb #7496417d
 import ast, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, sys, time, zipfile, zlib
+from contextlib import contextmanager
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
@@ -147,7 +148,7 @@ def run_loss(
                 ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, weight))
     return dict(valid=rows[-1], test=test, epochs=rows, seconds=seconds, parameters=sum(p.numel() for p in learn.model.parameters())), (feats, logits, targ)
 
-# %% ../nbs/07_compare.ipynb #7276ea48
+# %% ../nbs/07_compare.ipynb #1194eec4
 def _plain(o):
     "Only what JSON knows: NaN and infinity become null"
     if isinstance(o, dict): return {str(k): _plain(v) for k,v in o.items()}
@@ -156,17 +157,24 @@ def _plain(o):
     if isinstance(o, np.integer): return int(o)
     return o if isinstance(o, (str,int,bool,type(None))) else str(o)
 
+@contextmanager
+def _writing(path):
+    "An `OSError` inside says which file could not be written, and what to do"
+    try: yield
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror or e}: cannot write this file, finished runs are kept; make room or choose another folder, and start again", str(path)) from e
+
 def append_result(
     path:Path, # The file; made if it is not there
     row:dict, # One result
 ):
     "Append one line of JSON by one write, and wait until it is on the disk; an `OSError` leaves the file as it was"
-    with open(path, 'a+b', buffering=0) as f:
+    with _writing(path), open(path, 'a+b', buffering=0) as f:
         end = f.seek(0, os.SEEK_END)
         torn = end and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n'
         line = b'\n'*torn + (json.dumps(_plain(row), allow_nan=False)+'\n').encode()
         try:
-            if f.write(line) < len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if f.write(line) < len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(f.fileno())
         except OSError:
             f.truncate(end)
@@ -291,7 +299,7 @@ def _mean_std(v, fmt):
     v = np.asarray(v, float)
     return format(v.mean(), fmt) + (f' ± {format(v.std(ddof=1), fmt)}' if len(v) > 1 else '')
 
-# %% ../nbs/07_compare.ipynb #d8980726
+# %% ../nbs/07_compare.ipynb #c2a93699
 def _fingerprint(dls):
     "Numbers that change when the images or the splits do"
     return [[*d.x.shape, int(d.x[::50].long().sum()), int((d.y*torch.arange(len(d), device=d.y.device)).sum())] for d in (dl.dataset for dl in dls)]
@@ -299,10 +307,11 @@ def _fingerprint(dls):
 def _write_whole(path, write):
     "`write(part)` makes a file beside `path` that then takes its place, so that `path` is the old file or the new one, never half of it"
     part = path.with_name(f'{path.stem}.part{path.suffix}')
-    try:
-        write(part)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with _writing(path):
+        try:
+            write(part)
+            os.replace(part, path)
+        finally: part.unlink(missing_ok=True)
 
 def _save_feats(f, feats, targ, most=2000):
     "A part of the test features, for pictures"

@@ -353,7 +353,7 @@ def test_unwritable_folder(taken, tmp_path, record_property):
     record_property('bad', (f'output folder: {taken}', said.replace(str(tmp_path), '…')))
 
 def test_full_disk(tmp_path, record_property):
-    "A limit on the size of files cuts writes off as a full disk does: the error is raised, and files stay as they were"
+    "A limit on the size of files cuts writes off as a full disk does: the error names the file, and files stay as they were"
     results, table = tmp_path/'r.jsonl', tmp_path/'t.md'
     append_result(results, dict(key='a', value='x'*600))
     _write_whole(table, lambda p: p.write_text('old'))
@@ -365,7 +365,7 @@ def test_full_disk(tmp_path, record_property):
         except OSError as e: said = str(e)
         else: raise AssertionError('no error')
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert tree(tmp_path) == before
+        assert tree(tmp_path) == before and str(tmp_path) in said and 'make room or choose another folder' in said
     append_result(results, dict(key='c'))
     assert list(read_results(results)) == ['a', 'c']
     record_property('bad', ('full disk', said.replace(str(tmp_path), '…')))
