@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import all_sum, full_precision, reduce_losses
 from .center import CenterLoss, squared_distance
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #a45ba2f8
+# %% ../../nbs/losses/20_sigma2r.ipynb #3aa7455f
 shifts = dict(relative=1., absolute=0.) # With their default turning points
 
 def _check_hparams(slope, shift, tau):
