@@ -22,7 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from .core import check_inputs, find_head
 
-# %% ../nbs/04_geometry.ipynb #4ea514bd
+# %% ../nbs/04_geometry.ipynb #d91cdbed
 def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t
 
 def _feats(x):
@@ -34,7 +34,6 @@ def _outputs(pred, targ):
     pred = pred[0] if isinstance(pred, (tuple,list)) else pred
     return _plain(pred.detach()).float().cpu(), _plain(targ).cpu()
 
-# %% ../nbs/04_geometry.ipynb #2012d4c8
 def get_features(
     model:nn.Module, # A classifier; `learn.model` of a fastai `Learner` for example
     dl, # Any iterable of batches `(x, y)`; with several inputs `(x1, x2, y)`
@@ -58,7 +57,7 @@ def get_features(
     if not out: raise ValueError("no batch came from dl: there are no features of no samples")
     return tuple(torch.cat(o) for o in zip(*out))
 
-# %% ../nbs/04_geometry.ipynb #0a547673
+# %% ../nbs/04_geometry.ipynb #76b8e50f
 def _check(feats, targ, n_out=None):
     feats,targ = _plain(feats),_plain(targ)
     check_inputs(targ, n_out=n_out, values=True, feats=feats)
@@ -69,7 +68,6 @@ def _chunks(*tensors, size=2**22):
     rows = max(1, size // tensors[0].shape[1])
     for x,*rest in zip(*(t.split(rows) for t in tensors)): yield x.double(),*rest
 
-# %% ../nbs/04_geometry.ipynb #1adfb62b
 Moments = namedtuple('Moments', 'n means var')
 
 def class_moments(
@@ -87,14 +85,13 @@ def class_moments(
     for x,y in _chunks(feats, targ): var.index_add_(0, y, (x-means[y]).square().sum(1))
     return Moments(n, means, var/n)                                          # sigma_j^2 = 1/n_j sum_i ||x_i - mu_j||^2
 
-# %% ../nbs/04_geometry.ipynb #10264696
+# %% ../nbs/04_geometry.ipynb #55eefbfb
 def _centred(m):
     means = m.means[m.n>0]
     return means - means.mean(0)
 def _intra(m): return m.var.nanmean()
 def _inter(m): return 2*_centred(m).square().sum()/((m.n>0).sum()-1) # 0/0 = NaN when there is one class only
 
-# %% ../nbs/04_geometry.ipynb #bbd6ab44
 def intra_class_variance(
     feats:Tensor, # Shape (n, d), floating point
     targ:Tensor, # Class indices, shape (n,)
@@ -103,7 +100,6 @@ def intra_class_variance(
     "Mean over classes of the mean squared distance to the class mean"
     return _intra(moments or class_moments(feats, targ)).item()
 
-# %% ../nbs/04_geometry.ipynb #a293ae8c
 def inter_class_distance(
     feats:Tensor, # Shape (n, d), floating point
     targ:Tensor, # Class indices, shape (n,)
@@ -112,7 +108,6 @@ def inter_class_distance(
     "Mean over pairs of classes of the squared distance between their means"
     return _inter(moments or class_moments(feats, targ)).item()
 
-# %% ../nbs/04_geometry.ipynb #8e25a09c
 def variance_ratio(
     feats:Tensor, # Shape (n, d), floating point
     targ:Tensor, # Class indices, shape (n,)
@@ -155,7 +150,7 @@ def nc2(
     off = ~torch.eye(K, dtype=torch.bool, device=M.device)
     return (norms.std()/norms.mean()).item(), (M @ M.T + 1/(K-1))[off].abs().mean().item()
 
-# %% ../nbs/04_geometry.ipynb #7edd68ca
+# %% ../nbs/04_geometry.ipynb #00c34706
 def nc3(
     feats:Tensor, # Shape (n, d), floating point
     targ:Tensor, # Class indices, shape (n,)
@@ -169,15 +164,14 @@ def nc3(
     W,M = _plain(weight.detach()).to(m.means)[:len(m.n)][m.n>0],_centred(m)
     return (W/W.norm() - M/M.norm()).square().sum().item()
 
-# %% ../nbs/04_geometry.ipynb #8500f9b7
 def head_weight(
     head:nn.Module, # A model's head, for example `find_head(model)[1]`
-) -> Tensor|None: # Shape (classes, d), detached, on the CPU; None if there is none
+) -> Tensor|None: # Shape (classes, d), detached, on the CPU; None if there is none, as in heads of class means
     "The weight of a linear classifier: `head.fc.weight` or `head.weight`"
     w = getattr(getattr(head, 'fc', head), 'weight', None)
     return _plain(w.detach()).cpu() if isinstance(w, Tensor) and w.ndim == 2 else None
 
-# %% ../nbs/04_geometry.ipynb #aaebc643
+# %% ../nbs/04_geometry.ipynb #a21fef48
 def nearest_mean(
     feats:Tensor, # Shape (n, d), floating point
     means:Tensor, # Class means, shape (classes, d); rows of NaN are never chosen
@@ -188,7 +182,6 @@ def nearest_mean(
     def nearest(x): return torch.cdist(x, means, compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
     return torch.cat([nearest(x) for x, in _chunks(_plain(feats).detach())])
 
-# %% ../nbs/04_geometry.ipynb #afaccfba
 def nc4(
     feats:Tensor, # Shape (n, d), floating point
     targ:Tensor, # Class indices, shape (n,)
@@ -220,7 +213,7 @@ def cosine_margins(
         return cos.gather(1, own)[:,0] - cos.scatter(1, own, -math.inf).amax(1)
     return torch.cat([margins(x, column[y][:,None]) for x,y in _chunks(feats, targ)])
 
-# %% ../nbs/04_geometry.ipynb #0f83a9cf
+# %% ../nbs/04_geometry.ipynb #150f8834
 def ncm_accuracy(
     train_feats:Tensor, # Where class means come from, shape (n, d)
     train_targ:Tensor, # Their class indices, shape (n,)
@@ -231,7 +224,6 @@ def ncm_accuracy(
     feats,targ = _check(feats, targ)
     return (nearest_mean(feats, class_moments(train_feats, train_targ).means) == targ).double().mean().item()
 
-# %% ../nbs/04_geometry.ipynb #c01057b6
 def knn_accuracy(
     train_feats:Tensor, # Where neighbours come from, shape (n, d)
     train_targ:Tensor, # Their class indices, shape (n,)
@@ -245,7 +237,7 @@ def knn_accuracy(
     knn = KNeighborsClassifier(k, metric=metric).fit(train_feats.cpu().numpy(), train_targ.cpu().numpy())
     return float(knn.score(feats.cpu().numpy(), targ.cpu().numpy()))
 
-# %% ../nbs/04_geometry.ipynb #1ea467e6
+# %% ../nbs/04_geometry.ipynb #1aae8581
 Reliability = namedtuple('Reliability', 'n conf acc')
 
 def reliability(
@@ -264,7 +256,6 @@ def reliability(
     def mean(v): return conf.new_zeros(n_bins).index_add_(0, b, v)/n
     return Reliability(n, mean(conf), mean((pred==targ).double()))
 
-# %% ../nbs/04_geometry.ipynb #ff7f3b7c
 def calibration_error(
     probs:Tensor, # Class probabilities, shape (n, classes)
     targ:Tensor, # Class indices, shape (n,)
@@ -274,7 +265,7 @@ def calibration_error(
     r = reliability(probs, targ, n_bins)
     return ((r.acc-r.conf).abs()*r.n).nansum().item()/len(targ)
 
-# %% ../nbs/04_geometry.ipynb #8db2a993
+# %% ../nbs/04_geometry.ipynb #5a9344d6
 geometry_measures = dict(
     intra          = 'mean squared distance to the class mean; depends on scale',
     inter          = 'mean squared distance of two class means; depends on scale',
@@ -288,7 +279,6 @@ geometry_measures = dict(
     ece            = 'expected calibration error, 15 bins; needs logits',
 )
 
-# %% ../nbs/04_geometry.ipynb #5cfb51cd
 @torch.no_grad()
 def geometry(
     feats:Tensor, # Shape (n, d), floating point

@@ -56,7 +56,7 @@ def loss_style(
     i = _slots.setdefault(name, len(_slots))
     return dict(color=loss_colors[i % 6], marker=_markers[1:][i % 9], linestyle=('-','--',':')[i//6 % 3])
 
-# %% ../nbs/05_plot.ipynb #80a79963
+# %% ../nbs/05_plot.ipynb #a9fca76a
 def _root(ax): return ax.figure.canvas.figure
 
 def _axes(n, axs, size, ncols, extra=0, **kwargs):
@@ -91,7 +91,6 @@ def _legend(ax, handles, labels, title, **kwargs):
                     frameon=False, alignment='left', **kwargs)
     leg.get_title().set_color(_ink)
 
-# %% ../nbs/05_plot.ipynb #b1970cfe
 def _tensor(x): return (x.as_subclass(Tensor) if isinstance(x, Tensor) else torch.as_tensor(np.array(x, order='C'))).detach().cpu()
 
 def _named(o, what, values):
