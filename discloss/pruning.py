@@ -229,7 +229,7 @@ class ChannelLasso:
         b, lam = best or (self.beta(lo), lo)
         return np.sort(np.lexsort((-self.scale, -np.abs(b)*self.scale))[:n_keep]).tolist(), b, lam
 
-# %% ../nbs/pruning/60_cpli.ipynb #693526be
+# %% ../nbs/pruning/60_cpli.ipynb #2e76506c
 def least_squares(
     X:Tensor, # Shape (n, m)
     R:Tensor, # What is missing, shape (n, d)
@@ -242,22 +242,23 @@ def least_squares(
     A2 = torch.ones_like(R) if A is None else A.double()**2
     A2 = A2/A2.mean(0).clamp_min(1e-300)
     lam = (ridge*X.square().mean()).clamp_min(1e-30)
-    G = X.T@X/n if X.shape[1] <= n else X@X.T/n
-    L = torch.linalg.cholesky(G + lam*torch.eye(len(G), dtype=G.dtype, device=G.device))
-    def precondition(r): # Solves the unweighted problem, by the smaller of two matrices
-        return torch.cholesky_solve(r, L) if X.shape[1] <= n else (r - X.T@torch.cholesky_solve(X@r, L)/n)/lam
-    V, r = torch.zeros_like(X.T@R), X.T@(A2*R)/n
-    z = p = precondition(r)
-    rz = first = (r*z).sum(0)
+    wide = X.shape[1] > n # More columns than samples: V = XᵀU/n with (XXᵀ/n + lam/A²)U = R, so that no matrix is larger than XXᵀ
+    K = X@X.T if wide else X.T@X
+    L = torch.linalg.cholesky(K/n + lam*torch.eye(len(K), dtype=K.dtype, device=K.device)) # Solves the unweighted problem
+    def curvature(p): return K@p/n + lam*p/A2.clamp_min(1e-8) if wide else X.T@(A2*(X@p))/n + lam*p
+    r = R if wide else X.T@(A2*R)/n
+    V, z = torch.zeros_like(r), torch.cholesky_solve(r, L)
+    p, rz = z, (r*z).sum(0)
+    first = rz
     for _ in range(500):
         if (rz <= tol**2*first).all(): break
-        Hp = X.T@(A2*(X@p))/n + lam*p
+        Hp = curvature(p)
         step = rz/(p*Hp).sum(0).clamp_min(1e-300)
         V, r = V + step*p, r - step*Hp
-        z = precondition(r)
+        z = torch.cholesky_solve(r, L)
         rz, old = (r*z).sum(0), rz
         p = z + rz/old.clamp_min(1e-300)*p
-    return V
+    return X.T@V/n if wide else V
 
 # %% ../nbs/pruning/60_cpli.ipynb #65afb2d6
 def calibration_batches(
@@ -323,7 +324,7 @@ def _observe(target, model, stage, following, batches, n_points, gen):
     if seen['X'].device.type == 'mps': seen = {k: v.cpu() for k,v in seen.items()} # No float64 there
     return seen, total/sum(len(y) for _,y in batches)
 
-# %% ../nbs/pruning/60_cpli.ipynb #852511bd
+# %% ../nbs/pruning/60_cpli.ipynb #92f1a089
 prune_methods = 'cpli', 'he', 'taylor', 'magnitude'
 
 def _plan(model, stages, x, ratio):
@@ -464,7 +465,8 @@ def _prune_stage(small, s, following, keep, seen, method, by_loss, by_importance
     else:
         W = _fold_twins(X, W)
         with torch.no_grad(): layer.weight.copy_(W.reshape(layer.weight.shape).to(layer.weight.dtype))
-        lasso = ChannelLasso(*lasso_problem(X, W, Y-b, A*phi, offset))
+        step = max(1, min(Y.numel()//2**19, len(Y)//400)) # Of many samples, some are enough; He et al. take 400
+        lasso = ChannelLasso(*lasso_problem(X[::step], W, (Y-b)[::step], (A*phi)[::step], offset))
         kept, score, lam = lasso.select(n_keep)
     if lam is None: kept = score.topk(n_keep).indices.sort().values.tolist()
     shrink(small, s, kept)

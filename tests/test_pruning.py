@@ -150,3 +150,22 @@ def test_onnx(dls, tmp_path):
 def test_compile(dls):
     out, x = prune(small(width=4), dls, 0.5, n_images=200, n_points=4, show=False).eval(), images(dls)
     with torch.no_grad(): assert torch.allclose(torch.compile(out)(x), out(x), atol=1e-5)
+
+def test_wide_linear_layer(dls, monkeypatch):
+    "A linear layer after flattened maps, as in torchvision's VGG: groups of features for each channel, as many samples for the LASSO as it needs, and no matrix of all features"
+    gen, problem, seen = torch.Generator().manual_seed(0), discloss.pruning.lasso_problem, []
+    X, R, A = (torch.randn(*s, generator=gen).double() for s in ((40,3000), (40,6), (40,6)))
+    A2 = (1+A.abs())**2/((1+A.abs())**2).mean(0)
+    for X in X, 1+1e-6*X: # Any, and nearly all the same
+        V, lam = discloss.pruning.least_squares(X, R, 1+A.abs(), ridge=1e-2), 1e-2*X.square().mean()
+        exact = torch.stack([X.T@torch.linalg.solve(X@X.T/40 + lam*torch.diag(1/a), r)/40 for a,r in zip(A2.T, R.T)], 1)
+        assert torch.allclose(V, exact, rtol=1e-4, atol=1e-5*exact.abs().max())
+    set_seed(0)
+    model = with_head(nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(32*49, 2048), nn.ReLU(), nn.Linear(2048, 10)), CenterLoss(), 10)
+    def watched(X, *args):
+        seen.append(tuple(X.shape))
+        return problem(X, *args)
+    monkeypatch.setattr(discloss.pruning, 'lasso_problem', watched)
+    errors = {m: prune(model, dls, {'0': 24}, method=m, reconstruct=True, n_images=800, show=False).pruned['stages'][0]['error'] for m in ('cpli','he','magnitude')}
+    assert seen == [(400,32,49)]*2
+    assert max(errors['he'], errors['cpli']) < min(.1, 1.5*errors['magnitude'])
