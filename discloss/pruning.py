@@ -324,7 +324,7 @@ def _observe(target, model, stage, following, batches, n_points, gen):
     if seen['X'].device.type == 'mps': seen = {k: v.cpu() for k,v in seen.items()} # No float64 there
     return seen, total/sum(len(y) for _,y in batches)
 
-# %% ../nbs/pruning/60_cpli.ipynb #92f1a089
+# %% ../nbs/pruning/60_cpli.ipynb #8107a5d0
 prune_methods = 'cpli', 'he', 'taylor', 'magnitude'
 
 def _plan(model, stages, x, ratio):
@@ -388,8 +388,12 @@ def _load(path, key):
 
 def _save(path, **what):
     part = Path(f'{path}.part')
-    torch.save(what, part)
-    os.replace(part, path)
+    try:
+        torch.save(what, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e: # Where the disk is full, PyTorch's writer raises what it likes
+        raise OSError(f"cannot write the checkpoint {path} ({str(e).splitlines()[0]}): make room or choose another folder, and start again; an earlier checkpoint is kept") from e
+    finally: part.unlink(missing_ok=True)
 
 def prune(
     model:nn.Module, # A trained classifier; it is not changed

@@ -27,6 +27,7 @@ from discloss.losses.pedcc import PEDCCLoss, simplex
 from discloss.losses.pod import PODLoss, PODSchedule
 from discloss.losses.sigma2r import Sigma2RLoss
 from discloss.losses.so_softmax import SOSoftmaxLoss
+from discloss.pruning import _save
 
 def refusal(f, *says, error=(TypeError, ValueError)):
     "The message of the error that `f` must raise: one sentence or two, with all of `says` in it"
@@ -359,7 +360,7 @@ def test_full_disk(tmp_path, record_property):
     _write_whole(table, lambda p: p.write_text('old'))
     before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     for what in (lambda: append_result(results, dict(key='b', value='x'*600)), lambda: _write_whole(table, lambda p: p.write_text('x'*5000)),
-                 lambda: _save_feats(tmp_path/'f.npz', torch.randn(500,8), torch.zeros(500))):
+                 lambda: _save(tmp_path/'c.pt', state=torch.randn(5000)), lambda: _save_feats(tmp_path/'f.npz', torch.randn(500,8), torch.zeros(500))):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1])) # No file can grow beyond 1000 bytes, and a longer write is cut off
         try: what()
         except OSError as e: said = str(e)
