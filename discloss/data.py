@@ -50,7 +50,7 @@ def data_root(
     "The folder in which image sets are looked for"
     return Path(root or os.environ.get('DISCLOSS_DATA') or fastai_path('data')).expanduser()
 
-# %% ../nbs/03_data.ipynb #8f6935ea
+# %% ../nbs/03_data.ipynb #7f58c7c5
 _keys = 'x_train', 'y_train', 'x_test', 'y_test'
 
 def _digits():
@@ -63,17 +63,17 @@ def _digits():
 def _from_npz(f):
     remedy = f"put a whole copy there, with the arrays {', '.join(_keys)}"
     try:
-        with np.load(f, allow_pickle=False) as z: arrays = {k: z[k] for k in _keys}
+        with np.load(f, allow_pickle=False) as z: arrays = {k: z[k] for k in (*_keys, *(('x_valid','y_valid') if 'x_valid' in z.files else ()))}
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{f} is not a readable image set ({e}): {remedy}") from e
-    for s in 'train', 'test':
+    for s in ('train','test','valid')[:len(arrays)//2]:
         x, y = arrays[f'x_{s}'], arrays[f'y_{s}']
         if x.dtype != np.uint8 or x.ndim not in (3,4) or (x.ndim == 4 and x.shape[-1] not in (1,3)) or x.size == 0:
             raise ValueError(f"{f}: x_{s} must be uint8 of shape (n, height, width[, 1 or 3]), none of them 0, got {x.dtype} {x.shape}: {remedy}")
         if y.shape == (len(x),1): y = y[:,0]
         if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer): raise ValueError(f"{f}: y_{s} must be {len(x)} class indices, got {y.dtype} {y.shape}: {remedy}")
         arrays[f'y_{s}'] = y
-    labels = np.concatenate([arrays['y_train'], arrays['y_test']])
+    labels = np.concatenate([a for k,a in arrays.items() if k[0] == 'y'])
     n, lo, hi = len(labels), labels.min(), labels.max()
     if lo < 0 or hi >= n: raise ValueError(f"{f}: labels must be class indices from 0, and {n} images cannot have more than {n} classes, got {lo if lo < 0 else hi}: {remedy}")
     return arrays
@@ -91,7 +91,7 @@ def _from_torchvision(name, cls, root):
 def load_arrays(
     name:str, # A key of `image_sets`, or the name of a file `<root>/<name>.npz`
     root:str|Path|None=None, # Where to look; see `data_root`
-) -> tuple: # A dict of x_train, y_train, x_test, y_test (images uint8, labels integer), and the list of class names
+) -> tuple: # A dict of x_train, y_train, x_test, y_test, perhaps x_valid and y_valid (images uint8, labels integer), and the list of class names
     "An image set as arrays; raises `ValueError` or `FileNotFoundError` with the remedy"
     if name == 'digits': return _digits(), _ten
     root = data_root(root)
@@ -103,7 +103,7 @@ def load_arrays(
         like = difflib.get_close_matches(name, image_sets, n=1)
         raise ValueError(f"unknown image set {name!r}{f', did you mean {like[0]!r}?' if like else ''} Known are {', '.join(image_sets)}, "
                          f"a folder of images, and any file <name>.npz in {root}")
-    most = int(max(arrays['y_train'].max(), arrays['y_test'].max()))
+    most = int(max(a.max() for k,a in arrays.items() if k[0] == 'y'))
     vocab = known['vocab'] if known else [str(i) for i in range(most+1)]
     if most >= len(vocab): raise ValueError(f"{name} has {len(vocab)} classes, and its files in {root} have the label {most}: put a whole copy there")
     return arrays, vocab
@@ -222,7 +222,7 @@ class ImageTensorLoaders(DataLoaders):
             ys = torch.tensor(ys, device=x.device)
         return self.valid.new(ImageTensors(x, ys, ds.vocab), **{'num_workers': 0, **kwargs})
 
-# %% ../nbs/03_data.ipynb #52bcdcf7
+# %% ../nbs/03_data.ipynb #d0fc2a58
 def _from_folder(path, size, channels, seed):
     "Arrays and class names of a folder of images"
     train = path/'train' if (path/'train').is_dir() else path
@@ -279,7 +279,7 @@ def image_dls(
     name:str|Path='digits', # `digits`, `mnist`, `fashion_mnist`, `cifar10`, `cifar100`, a file `<root>/<name>.npz`, or a folder of images
     bs:int=64, # Batch size
     root:str|Path|None=None, # Where sets are looked for; None: `DISCLOSS_DATA`, else fastai's data folder
-    valid_pct:float|None=None, # Share of the training images to validate on; None: as in `image_sets`, 0.2 for others
+    valid_pct:float|None=None, # Share of the training images to validate on, where the set has no validation images of its own; None: as in `image_sets`, 0.2 for others
     n_train:int|None=None, # Train on a stratified part of this many images only; None: on all
     size:int|None=None, # Scale images to size x size; None: as they are, and 64 for a folder
     channels:int|None=None, # 1 or 3; None: as they are, and 3 for a folder

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import DiscLoss, check_inputs, full_precision, reduce_losses
 from ..heads import CosineHead
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #5ac6d1a0
+# %% ../../nbs/losses/50_gsoftmax.ipynb #e5ddca75
 def gsoftmax_loss(
     cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
