@@ -93,6 +93,7 @@ def test_notebook_as_committed(path):
     for c in code: # Building the docs executes cells with imports: what stands beside an import would run there, without what came before
         kinds = {isinstance(n, (ast.Import,ast.ImportFrom)) for n in ast.parse(re.sub(r'^[!%].*', '', c.source, flags=re.M)).body}
         assert len(kinds) < 2 or re.match(r'#\|\s*export', c.source) or 'nbdev_export()' in c.source, f'imports need a cell of their own:\n{c.source}'
+    for link in re.findall(r'\]\((?!https?:)([\w./]+)\)', ''.join(c.source for c in nb.cells if c.cell_type == 'markdown')): assert (path.parent/link).exists(), link
     text = json.dumps([dict(o) for o in outputs])
     assert 'site-packages' not in text and 'Warning:' not in text
     if path.parent.name == 'losses':
