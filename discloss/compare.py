@@ -148,7 +148,7 @@ def run_loss(
                 ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, weight))
     return dict(valid=rows[-1], test=test, epochs=rows, seconds=seconds, parameters=sum(p.numel() for p in learn.model.parameters())), (feats, logits, targ)
 
-# %% ../nbs/07_compare.ipynb #1194eec4
+# %% ../nbs/07_compare.ipynb #7254cf76
 def _plain(o):
     "Only what JSON knows: NaN and infinity become null"
     if isinstance(o, dict): return {str(k): _plain(v) for k,v in o.items()}
@@ -162,7 +162,7 @@ def _writing(path):
     "An `OSError` inside says which file could not be written, and what to do"
     try: yield
     except OSError as e:
-        raise OSError(e.errno, f"{e.strerror or e}: cannot write this file, finished runs are kept; make room or choose another folder, and start again", str(path)) from e
+        raise OSError(e.errno, f"{e.strerror or e}: cannot write this file, what was finished before is kept; make room or choose another folder, and start again", str(path)) from e
 
 def append_result(
     path:Path, # The file; made if it is not there

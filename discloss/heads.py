@@ -49,9 +49,10 @@ class CenterHead(LinearHead):
         logits = self.fc(feats)
         return (logits, feats, self.centers) if self.training else logits
 
-# %% ../nbs/01_heads.ipynb #161a68e9
+# %% ../nbs/01_heads.ipynb #ff52751e
+@full_precision
 def squared_distances(
-    x:Tensor, # Shape (n, d), float32 or float64
+    x:Tensor, # Shape (n, d), floating point
     z:Tensor, # Shape (m, d)
     exact:bool=True, # The value from exact differences? Otherwise from scalar products too, which is good enough for logits
 ) -> Tensor: # Shape (n, m), at least 0

@@ -4,8 +4,8 @@
 __all__ = ['prune_methods', 'Stage', 'find_stages', 'count_ops', 'shrink', 'loss_weights', 'taylor_importance', 'lasso_problem',
            'ChannelLasso', 'least_squares', 'calibration_batches', 'prune']
 
-# %% ../nbs/pruning/60_cpli.ipynb #c4d0d803
-import hashlib, os, sys
+# %% ../nbs/pruning/60_cpli.ipynb #499aed17
+import hashlib, io, sys
 from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils.flop_counter import FlopCounterMode
 
+from .compare import _write_whole
 from .core import Head, check_inputs
 
 # %% ../nbs/pruning/60_cpli.ipynb #dbbdab54
@@ -324,7 +325,7 @@ def _observe(target, model, stage, following, batches, n_points, gen):
     if seen['X'].device.type == 'mps': seen = {k: v.cpu() for k,v in seen.items()} # No float64 there
     return seen, total/sum(len(y) for _,y in batches)
 
-# %% ../nbs/pruning/60_cpli.ipynb #8107a5d0
+# %% ../nbs/pruning/60_cpli.ipynb #7286068a
 prune_methods = 'cpli', 'he', 'taylor', 'magnitude'
 
 def _plan(model, stages, x, ratio):
@@ -387,13 +388,9 @@ def _load(path, key):
     return saved['stages'], saved['state']
 
 def _save(path, **what):
-    part = Path(f'{path}.part')
-    try:
-        torch.save(what, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e: # Where the disk is full, PyTorch's writer raises what it likes
-        raise OSError(f"cannot write the checkpoint {path} ({str(e).splitlines()[0]}): make room or choose another folder, and start again; an earlier checkpoint is kept") from e
-    finally: part.unlink(missing_ok=True)
+    buffer = io.BytesIO() # PyTorch's own writer does not say which file it could not write
+    torch.save(what, buffer)
+    _write_whole(Path(path), lambda part: part.write_bytes(buffer.getbuffer()))
 
 def prune(
     model:nn.Module, # A trained classifier; it is not changed

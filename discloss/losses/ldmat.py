@@ -61,7 +61,7 @@ def ldmat_loss(
     # $l_i = \frac1{N-1}\sum_j (d_{ij}-t_{ij})^2$
     return reduce_losses(errors.sum(1)/max(n-1, 1), reduction)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #17de85a8
+# %% ../../nbs/losses/30_ldmat.ipynb #1d7a747d
 class NearestMeanHead(Head):
     "Nearest running class mean, without any parameter; in training `(logits, feats, means, counts)`"
     extras = 'feats', 'means', 'counts'
@@ -83,7 +83,7 @@ class NearestMeanHead(Head):
         "Logits, and in training the features, the class means and how often each was updated (the buffers themselves)"
         # $\lVert x-\mu_j\rVert^2/\delta^2$; in training without gradient, since the loss will move the means
         x = feats.detach() if self.training else feats
-        d2 = full_precision(squared_distances)(x, self.means, exact=False)/self.delta**2
+        d2 = squared_distances(x, self.means, exact=False)/self.delta**2
         # a class that was never seen is farther than all others
         logits = -self.scale*torch.where(self.counts > 0, d2, d2.amax(1, keepdim=True)+1)
         return (logits, feats, self.means, self.counts) if self.training else logits
