@@ -8,12 +8,14 @@ import importlib, pkgutil
 
 import discloss.losses
 from .bodies import *
+from .callbacks import *
 from .compare import *
 from .contract import check_loss
 from .core import *
 from .data import *
 from .geometry import *
 from .heads import *
+from .learner import *
 from .plot import *
 from .pruning import *
 

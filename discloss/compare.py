@@ -142,7 +142,7 @@ def run_loss(
     seconds = time.perf_counter()-start
     rows = [dict(zip(learn.recorder.metric_names[1:-1], values)) for values in learn.recorder.values] # Without the epoch's number and its time
     feats, logits, targ = get_features(learn.model, dls.test)
-    weight = head_weight(find_head(learn.model)[1])
+    weight = head_weight(find_head(learn.model))
     train_feats, _, train_targ = get_features(learn.model, dls.train.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch))
     test = dict(accuracy=(logits.argmax(1) == targ).float().mean().item(), loss=torch.nn.functional.cross_entropy(logits, targ).item(),
                 ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, weight))

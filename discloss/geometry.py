@@ -40,7 +40,7 @@ def get_features(
     head:str|nn.Module|None=None, # The layer whose input is wanted, or its name; None: what `find_head` finds
 ) -> tuple: # `(feats, logits, targ)` on the CPU: float32 (n, d), float32 (n, classes), and the labels (n,) as they come
     "Features, logits and labels of all samples, from `model` in eval mode and without gradients; the model is left as it was"
-    layer = head if isinstance(head, nn.Module) else find_head(model, head)[1]
+    layer = head if isinstance(head, nn.Module) else find_head(model, head)
     device = next((p.device for p in model.parameters()), 'cpu')
     modes,seen,out = [(m,m.training) for m in model.modules()],[],[]
     hook = layer.register_forward_pre_hook(lambda m,args: seen.append(args[0]))
@@ -165,7 +165,7 @@ def nc3(
     return (W/W.norm() - M/M.norm()).square().sum().item()
 
 def head_weight(
-    head:nn.Module, # A model's head, for example `find_head(model)[1]`
+    head:nn.Module, # A model's head, for example `find_head(model)`
 ) -> Tensor|None: # Shape (classes, d), detached, on the CPU; None if there is none, as in heads of class means
     "The weight of a linear classifier: `head.fc.weight` or `head.weight`"
     w = getattr(getattr(head, 'fc', head), 'weight', None)
@@ -351,7 +351,7 @@ class GeometryCallback(Callback):
         self.learn.metrics = [o for o in self.learn.metrics if not isinstance(o, _Column)]
         self._clear()
 
-    def _head(self): return find_head(self.learn.model, self.layer)[1]
+    def _head(self): return find_head(self.learn.model, self.layer)
     def _value(self, k): return self.last.get(k, math.nan)
     def _see(self, module, args): self._seen[:] = args[:1]
     def _clear(self):

@@ -45,8 +45,9 @@ class ArcFaceLoss(GSoftmaxLoss):
         margin:float=0.5, # What is added to the own angle, in radians, in [0, pi/2]. The paper's
         straight:bool=False, # Take the slope of the margin as 1, as `arcface_torch` does, or differentiate through the angle?
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction)
+        super().__init__(scale, reduction, weight)
         if not 0 <= margin <= math.pi/2: raise ValueError(f"margin is an angle in radians, in [0, pi/2], got {margin}" + (f"; {margin} degrees are {math.radians(margin):.3f}" if margin > 0 else ""))
         self.margin,self.straight = margin,straight
 

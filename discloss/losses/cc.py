@@ -70,8 +70,7 @@ def cc_loss(
 
 # %% ../../nbs/losses/60_cc.ipynb #82c64635
 class ChannelAttentionHead(Head):
-    "A linear classifier with a squeeze-and-excitation branch; in training `(logits, attention)`"
-    extras = 'attention',
+    "A linear classifier with a squeeze-and-excitation branch; in training logits and attention"
     def __init__(self,
         n_in:int, # Number of features, the channels
         n_out:int, # Number of classes
@@ -93,17 +92,16 @@ class ChannelAttentionHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in), or a feature map (batch, n_in, height, width), which is averaged
-    ) -> Tensor|tuple: # Logits (batch, n_out); in training `(logits, attention)`
+    ) -> Tensor|dict: # Logits (batch, n_out); in training logits and attention
         "Logits, and in training the attention"
         if feats.ndim == 4: feats = feats.flatten(2).mean(2)
         if not (self.training or self.rescale): return self.fc(feats)
         att = self.attention(feats)
         logits = self.fc(feats*att.to(feats.dtype) if self.rescale else feats)
-        return (logits, att) if self.training else logits
+        return dict(logits=logits, attention=att) if self.training else logits
 
 class CCLoss(DiscLoss):
     "Cross-entropy plus `lam` times the distances of attention vectors; the attention branch lives in the `ChannelAttentionHead`"
-    extras = rows = ChannelAttentionHead.extras
     separable,pairs = False,True
     def __init__(self,
         lam:float=0.1, # Weight next to cross-entropy, at least 0. Our choice, see the sweep
@@ -113,8 +111,9 @@ class CCLoss(DiscLoss):
         squeeze:int=16, # The attention branch has `n_in//squeeze` hidden units, at least 8; 16 in squeeze-and-excitation
         rescale:bool=False, # Does the classifier see the features times the attention?
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         _check_hparams(mode, margin)
         if not lam >= 0: raise ValueError(f"lam must be at least 0, got {lam}")
         self.lam,self.mode,self.margin,self.squared,self.squeeze,self.rescale = lam,mode,margin,squared,squeeze,rescale

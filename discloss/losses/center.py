@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import DiscLoss, all_sum, check_inputs, full_precision, reduce_losses
+from ..core import DiscLoss, Number, all_sum, check_inputs, full_precision, reduce_losses
 from ..heads import CenterHead
 
 # %% ../../nbs/losses/10_center.ipynb #3acfa59a
@@ -51,22 +51,20 @@ def update_centers(
 
 # %% ../../nbs/losses/10_center.ipynb #ac7b0b32
 class CenterLoss(DiscLoss):
-    "Cross-entropy plus `lam` times center loss; the class centers live in the `CenterHead`"
-    extras, head = CenterHead.extras, CenterHead
+    "Cross-entropy plus lam times center loss; the class centers live in the CenterHead"
+    hypers = dict(lam=Number(0, search=(1e-4, 0.1), log=True), alpha=Number(0, 1, search=(0.05, 1.)))
     def __init__(self,
         lam:float=0.003, # Weight of the center term next to cross-entropy, at least 0; 0.003 in the paper
         alpha:float=0.5, # How far centers move with each batch, in [0, 1]; 0.5 in the paper
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
-        if not lam >= 0: raise ValueError(f"lam must be at least 0, got {lam}")
-        if not 0 <= alpha <= 1: raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        self.lam,self.alpha = lam,alpha
+        super().__init__(reduction, weight)
+        self.set_hparams(lam=lam, alpha=alpha)
 
     def center_term(self, feats, targ, centers): return center_loss(feats, targ, centers, reduction='none')
 
-    @torch.compiler.disable # A compiled backward pass would read the centers after they were moved, and give a wrong gradient
+    def head(self, n_in, n_out): return CenterHead(n_in, n_out)
     def loss(self, logits, feats, centers, targ):
-        losses = F.cross_entropy(logits, targ, reduction='none') + self.lam*self.center_term(feats, targ, centers)
-        if torch.is_grad_enabled(): update_centers(centers, feats, targ, self.alpha)
-        return losses
+        return F.cross_entropy(logits, targ, reduction='none') + self.lam*self.center_term(feats, targ, centers)
+    def track(self, feats, centers, targ): update_centers(centers, feats, targ, self.alpha)

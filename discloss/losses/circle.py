@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import DiscLoss, check_inputs, full_precision, reduce_losses
-from ..heads import LinearHead, unit
+from ..heads import unit
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
 # %% ../../nbs/losses/55_circle.ipynb #ee03240f
@@ -64,8 +64,9 @@ class CircleLoss(GSoftmaxLoss):
         scale:float=30., # What cosines are multiplied by, in the loss and in the head's logits; positive. Our choice; the paper takes 256 for faces
         margin:float=0.25, # In (0, 1). The paper's for faces
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction)
+        super().__init__(scale, reduction, weight)
         _check_margin(margin)
         self.margin = margin
 
@@ -73,15 +74,15 @@ class CircleLoss(GSoftmaxLoss):
 
 class CirclePairLoss(DiscLoss):
     "Cross-entropy plus `lam` times the Circle loss of pairs within the batch; for the `LinearHead`"
-    extras, head = LinearHead.extras, LinearHead
     separable,pairs = False,True
     def __init__(self,
         lam:float=0.01, # Weight of the pairs, at least 0. Our choice, see the training below
         scale:float=80., # Positive. The paper's for fine-grained retrieval
         margin:float=0.4, # In (0, 1). The paper's for fine-grained retrieval
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         if not lam >= 0: raise ValueError(f"lam must be at least 0, got {lam}")
         if not scale > 0: raise ValueError(f"scale must be positive, got {scale}")
         _check_margin(margin)

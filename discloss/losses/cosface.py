@@ -36,8 +36,9 @@ class CosFaceLoss(GSoftmaxLoss):
         scale:float=30., # What cosines are multiplied by, in the loss and in the head's logits; positive. 30 as in AM-softmax
         margin:float=0.35, # What the own cosine is lowered by, at least 0. 0.35 as in AM-softmax
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction)
+        super().__init__(scale, reduction, weight)
         if not margin >= 0: raise ValueError(f"margin must be at least 0, got {margin}")
         self.margin = margin
 

@@ -62,8 +62,9 @@ class CRLLoss(DiscLoss):
         alpha:float=1.5, # At least 0; below 1 the loss can be negative, at 0 it has no floor. 1.5 in the independent implementation; the authors' code counts it one higher
         beta:float=1., # At least 0: how much the competitors count; 0 is cross-entropy. 1 in the independent implementation
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         _check_hparams(alpha, beta)
         self.alpha,self.beta = alpha,beta
 

@@ -14,8 +14,9 @@ class CrossEntropy(DiscLoss):
     def __init__(self,
         label_smoothing:float=0., # In [0, 1]: how much of the target is spread evenly over the classes
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         if not 0 <= label_smoothing <= 1: raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         self.label_smoothing = label_smoothing
 

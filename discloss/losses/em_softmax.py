@@ -74,8 +74,7 @@ def em_softmax_loss(
 
 # %% ../../nbs/losses/71_em_softmax.ipynb #ebbd2f0d
 class EMSoftmaxHead(Head):
-    "Linear classifiers around their mean `fc`; in training `(logits, head_logits, weights)`, in evaluation `fc` alone"
-    extras = 'head_logits', 'weights'
+    "Linear classifiers around their mean `fc`; in training logits, head_logits and weights, in evaluation `fc` alone"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
@@ -99,29 +98,30 @@ class EMSoftmaxHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|tuple: # Logits (batch, n_out); in training also the logits of all heads, (batch, heads*classes), and their weights
+    ) -> Tensor|dict: # Logits (batch, n_out); in training also the logits of all heads, (batch, heads*classes), and their weights
         "Averaged logits, and in training what the loss needs"
         if not self.training: return self.fc(feats)
         weights, biases = self.heads()
         head_logits = F.linear(feats, weights.flatten(0, 1), None if biases is None else biases.flatten())
-        return head_logits.view(len(feats), self.n_heads, self.n_out).mean(1), head_logits, weights
+        logits = head_logits.view(len(feats), self.n_heads, self.n_out).mean(1)
+        return dict(logits=logits, head_logits=head_logits, weights=weights)
 
 # %% ../../nbs/losses/71_em_softmax.ipynb #106725b0
 class EMSoftmaxLoss(DiscLoss):
     "Soft margin loss of several linear classifiers, plus `lam/(2*n_heads)` times HSIC of their weights"
-    extras, rows = EMSoftmaxHead.extras, ('head_logits',)
     def __init__(self,
         n_heads:int=2, # Number of classifiers, at least 1; 1 gives M-Softmax, the soft margin alone. Ours: four and eight became identical on digits
         margin:float=0.5, # Soft margin, at least 0; 0 gives E-Softmax, the ensemble alone. Ours, from a flat range; 0 in the authors' code
         lam:float=0.1, # Weight of diversity, at least 0; depends on the number of classes and heads. Tuned here; 1 in the authors' code
         detach_others:bool=False, # Each head takes the others as constants, as in the authors' update; the same as half of `lam`
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         if n_heads < 1: raise ValueError(f"n_heads must be at least 1, got {n_heads}")
         _check_hparams(margin=margin, lam=lam)
         self.n_heads,self.margin,self.lam,self.detach_others = n_heads,margin,lam,detach_others
 
     def head(self, n_in, n_out): return EMSoftmaxHead(n_in, n_out, self.n_heads)
-    def loss(self, logits, head_logits, weights, targ):
+    def loss(self, head_logits, weights, targ):
         return em_softmax_loss(head_logits, targ, weights, self.margin, self.lam, self.detach_others, reduction='none')

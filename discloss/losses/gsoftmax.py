@@ -40,12 +40,12 @@ def _losses(cosine, targ, transform, scale): # The same without a look at the in
 # %% ../../nbs/losses/50_gsoftmax.ipynb #d5333d2e
 class GSoftmaxLoss(DiscLoss, ABC):
     "Base of losses that are cross-entropy of scaled, transformed cosines; they say what their `transform` is"
-    extras = CosineHead.extras
     def __init__(self,
         scale:float=30., # What cosines are multiplied by, in the loss and in the head's logits; positive. 30 as in AM-softmax
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         if not scale > 0: raise ValueError(f"scale must be positive, got {scale}")
         self.scale = scale
 
@@ -63,4 +63,4 @@ class GSoftmaxLoss(DiscLoss, ABC):
     ) -> tuple: # Both transformed, of the same shapes
         "What is done to the cosines before they are scaled"
 
-    def loss(self, logits, cosine, targ, scale=None): return _losses(cosine, targ, self.transform, self.scale if scale is None else scale)
+    def loss(self, cosine, targ, scale=None): return _losses(cosine, targ, self.transform, self.scale if scale is None else scale)

@@ -4,8 +4,6 @@
 __all__ = ['distances', 'ldmat_loss', 'NearestMeanHead', 'update_means', 'LDMATLoss']
 
 # %% ../../nbs/losses/30_ldmat.ipynb #651d6a6a
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -63,8 +61,7 @@ def ldmat_loss(
 
 # %% ../../nbs/losses/30_ldmat.ipynb #1d7a747d
 class NearestMeanHead(Head):
-    "Nearest running class mean, without any parameter; in training `(logits, feats, means, counts)`"
-    extras = 'feats', 'means', 'counts'
+    "Nearest running class mean, without any parameter; in training logits, feats, means and counts"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
@@ -79,14 +76,14 @@ class NearestMeanHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|tuple: # Logits (batch, n_out); in training `(logits, feats, means, counts)`
+    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Logits, and in training the features, the class means and how often each was updated (the buffers themselves)"
         # $\lVert x-\mu_j\rVert^2/\delta^2$; in training without gradient, since the loss will move the means
         x = feats.detach() if self.training else feats
         d2 = squared_distances(x, self.means, exact=False)/self.delta**2
         # a class that was never seen is farther than all others
         logits = -self.scale*torch.where(self.counts > 0, d2, d2.amax(1, keepdim=True)+1)
-        return (logits, feats, self.means, self.counts) if self.training else logits
+        return dict(logits=logits, feats=feats, means=self.means.detach(), counts=self.counts) if self.training else logits
 
 @torch.no_grad()
 def update_means(
@@ -109,7 +106,6 @@ def update_means(
 # %% ../../nbs/losses/30_ldmat.ipynb #b2d078e9
 class LDMATLoss(DiscLoss):
     "LDMAT on the features, without softmax; the running class means live in the `NearestMeanHead`"
-    extras = NearestMeanHead.extras
     separable,pairs = False,True
     def __init__(self,
         delta:float=2**.5, # Distance between classes, positive; the distance of one-hot labels. Our choice
@@ -119,20 +115,14 @@ class LDMATLoss(DiscLoss):
         scale:float=10., # Of the head's logits, positive; training does not depend on it. Our choice
         momentum:float=0.1, # Of the head's running class means, in (0, 1]. Our choice
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         _check_hparams(delta, slack)
         if not scale > 0: raise ValueError(f"scale must be positive, got {scale}")
         if not 0 < momentum <= 1: raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         self.delta,self.slack,self.squared,self.balance,self.scale,self.momentum = delta,slack,squared,balance,scale,momentum
 
-    @property
-    def head(self): return partial(NearestMeanHead, scale=self.scale, delta=self.delta)
-    @property
-    def y_int(self):
-        raise NotImplementedError("MixUp and CutMix are not defined for LDMATLoss: it compares the labels of two samples, and a mixed image has no single label; train without them")
-
-    @torch.compiler.disable # It moves the head's buffers in place
-    def loss(self, logits, feats, means, counts, targ):
-        if torch.is_grad_enabled(): update_means(means, counts, feats, targ, self.momentum)
-        return ldmat_loss(feats, targ, self.delta, self.slack, 'none', self.squared, self.balance)
+    def head(self, n_in, n_out): return NearestMeanHead(n_in, n_out, self.scale, self.delta)
+    def loss(self, feats, targ): return ldmat_loss(feats, targ, self.delta, self.slack, 'none', self.squared, self.balance)
+    def track(self, feats, means, counts, targ): update_means(means, counts, feats, targ, self.momentum)

@@ -25,8 +25,7 @@ def normface_loss(
 
 # %% ../../nbs/losses/52_normface.ipynb #5c2f4421
 class NormFaceHead(CosineHead):
-    "Cosine to learned class weights, times a learned scale; in training `(logits, cosine, scale)`"
-    extras = 'cosine', 'scale'
+    "Cosine to learned class weights, times a learned scale; in training logits, cosine and scale"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
@@ -37,10 +36,10 @@ class NormFaceHead(CosineHead):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|tuple: # Logits (batch, n_out); in training `(logits, cosine, scale)`
+    ) -> Tensor|dict: # Logits (batch, n_out); in training logits, cosine and scale
         "Scaled cosines, and in training the cosines and the scale"
         cos, scale = cosine(feats, self.weight), self.log_scale.exp()
-        return (scale*cos, cos, scale) if self.training else scale*cos
+        return dict(logits=scale*cos, cosine=cos, scale=scale) if self.training else scale*cos
 
 class NormFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines; for the `CosineHead`, or with a learned scale for the `NormFaceHead`"
@@ -48,10 +47,10 @@ class NormFaceLoss(GSoftmaxLoss):
         scale:float=10., # What cosines are multiplied by, at the start if it is learned; positive. The authors' files start at 10; more for thousands of classes
         learn_scale:bool=False, # Learn the scale, as the authors' files do?
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction)
+        super().__init__(scale, reduction, weight)
         self.learn_scale = learn_scale
-        if learn_scale: self.extras = NormFaceHead.extras
 
     def head(self,
         n_in:int, # Number of features
@@ -61,6 +60,4 @@ class NormFaceLoss(GSoftmaxLoss):
         return (NormFaceHead if self.learn_scale else CosineHead)(n_in, n_out, scale=self.scale)
 
     def transform(self, pos, neg): return pos, neg
-    def loss(self, logits, cosine, *scale_targ):
-        *scale, targ = scale_targ
-        return super().loss(logits, cosine, targ, *scale)
+    def loss(self, cosine, targ, scale=None): return super().loss(cosine, targ, scale)

@@ -97,8 +97,7 @@ def pedcc_loss(
 
 # %% ../../nbs/losses/40_pedcc.ipynb #026526b7
 class PEDCCHead(Head):
-    "Scaled cosine to fixed centroids; in training `(logits, feats, centroids)`"
-    extras = 'feats', 'centroids'
+    "Scaled cosine to fixed centroids; in training logits, feats and centroids"
     def __init__(self,
         n_in:int, # Number of features that come in
         n_out:int, # Number of classes
@@ -114,16 +113,14 @@ class PEDCCHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|tuple: # Logits (batch, n_out); in training `(logits, feats, centroids)`
+    ) -> Tensor|dict: # Logits (batch, n_out); in training logits, feats and centroids
         "Scaled cosines, and in training what the loss needs"
         feats = self.embed(feats)
         logits = self.scale*cosine(feats, self.centroids)
-        return (logits, *self._extras(feats)) if self.training else logits
-    def _extras(self, feats): return feats, self.centroids
+        return dict(logits=logits, feats=feats, centroids=self.centroids.detach()) if self.training else logits
 
 class PEDCCLoss(DiscLoss):
     "AM-softmax on predefined centroids plus `lam` times the squared distance to them; the centroids live in the `PEDCCHead`"
-    extras = PEDCCHead.extras
     def __init__(self,
         scale:float=7.5, # Inverse temperature, positive; 7.5 in the authors' CIFAR-100 settings
         margin:float=0.35, # Margin of the cosine, at least 0; 0.35 there
@@ -132,12 +129,13 @@ class PEDCCLoss(DiscLoss):
         embed:int|None=None, # The head's linear layer to so many features; None: features as they come
         spread:bool=False, # Allow fewer features than classes minus one
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         _check_hparams(scale, margin, lam, root)
         self.scale,self.margin,self.lam,self.root,self.embed,self.spread = scale,margin,lam,root,embed,spread
 
     @property
     def separable(self): return self.root == 1 or self.lam == 0
     def head(self, n_in, n_out): return PEDCCHead(n_in, n_out, self.scale, self.embed, self.spread)
-    def loss(self, logits, feats, centroids, targ): return pedcc_loss(feats, targ, centroids, self.scale, self.margin, self.lam, self.root, reduction='none')
+    def loss(self, feats, centroids, targ): return pedcc_loss(feats, targ, centroids, self.scale, self.margin, self.lam, self.root, reduction='none')

@@ -2,15 +2,14 @@
 
 # %% auto #0
 __all__ = ['corr_reductions', 'norm_sources', 'norm_adaptive_cosine_loss', 'correlation_loss', 'pod_loss', 'PODHead',
-           'count_norms', 'PODLoss', 'PODSchedule']
+           'count_norms', 'PODLoss']
 
 # %% ../../nbs/losses/41_pod.ipynb #b47b789e
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from torch import Tensor
 
-from ..core import DiscLoss, all_sum, find_head, full_precision, reduce_losses
+from ..core import DiscLoss, all_sum, full_precision, reduce_losses
 from ..heads import unit
 from .pedcc import PEDCCHead, check_centroids, from_centroid
 
@@ -75,8 +74,7 @@ def pod_loss(
 norm_sources = 'feature', 'score'
 
 class PODHead(PEDCCHead):
-    "Scaled cosine to fixed centroids; in training `(logits, feats, centroids, delta, norms)`"
-    extras = *PEDCCHead.extras, 'delta', 'norms'
+    "Scaled cosine to fixed centroids; in training logits, feats, centroids, delta and norms"
     def __init__(self,
         n_in:int, # Number of features that come in
         n_out:int, # Number of classes
@@ -90,7 +88,9 @@ class PODHead(PEDCCHead):
         self.delta0 = delta0
         self.register_buffer('delta', torch.tensor(float(delta0)))
         self.register_buffer('norms', torch.zeros(2))
-    def _extras(self, feats): return feats, self.centroids, self.delta, self.norms
+    def forward(self, feats):
+        out = super().forward(feats)
+        return dict(out, delta=self.delta.detach(), norms=self.norms.detach()) if self.training else out
 
     @torch.no_grad()
     def step(self,
@@ -121,7 +121,6 @@ def count_norms(
 
 class PODLoss(DiscLoss):
     "Norm-adaptive cosine and correlation; centroids, delta and norms live in the `PODHead`"
-    extras = PODHead.extras
     def __init__(self,
         lam:float=1., # Weight of the correlation term, at least 0; 1 in the code
         corr_reduction:str='dim', # 'dim' (as in the code), 'sum' or 'mean', see `correlation_loss`
@@ -131,8 +130,9 @@ class PODLoss(DiscLoss):
         embed:int|None=None, # The head's linear layer to so many features; None: features as they come
         spread:bool=False, # Allow fewer features than classes minus one
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         _check_hparams(lam, corr_reduction)
         if norm_source not in norm_sources: raise ValueError(f"norm_source must be one of {norm_sources}, got {norm_source!r}")
         self.lam,self.corr_reduction,self.delta0,self.norm_source,self.scale,self.embed,self.spread = lam,corr_reduction,delta0,norm_source,scale,embed,spread
@@ -141,23 +141,6 @@ class PODLoss(DiscLoss):
     def separable(self): return self.lam == 0
     def head(self, n_in, n_out): return PODHead(n_in, n_out, self.delta0, self.scale, self.embed, self.spread)
 
-    @torch.compiler.disable # It counts norms in a buffer
-    def loss(self, logits, feats, centroids, delta, norms, targ):
-        losses = pod_loss(feats, targ, centroids, delta, self.lam, self.corr_reduction, reduction='none')
-        if torch.is_grad_enabled(): count_norms(norms, feats, centroids, self.norm_source)
-        return losses
-
-# %% ../../nbs/losses/41_pod.ipynb #1e389869
-class PODSchedule(Callback):
-    "Before epoch e of each fit, set the head's `delta` to `alpha*e` times the mean norm over the epoch before"
-    def __init__(self,
-        alpha:float|None=None, # Rise of `delta` per epoch in units of the mean norm, at least 0; None: 1/epochs, which is the code's 0.01 at its 100 epochs
-    ):
-        if alpha is not None and not alpha >= 0: raise ValueError(f"alpha must be at least 0 or None, got {alpha}")
-        self.alpha = alpha
-    def before_train(self):
-        if hasattr(self, 'lr_finder'): return
-        head = find_head(self.learn.model)[1]
-        if not isinstance(head, PODHead): raise ValueError(f"PODSchedule needs a model with a PODHead, got {type(head).__name__}: model = with_head(model, PODLoss(), n_out)")
-        if self.epoch == 0: head.reset()
-        else: head.step(self.epoch*(1/self.n_epoch if self.alpha is None else self.alpha))
+    def loss(self, feats, centroids, delta, targ):
+        return pod_loss(feats, targ, centroids, delta, self.lam, self.corr_reduction, reduction='none')
+    def track(self, feats, centroids, norms, targ): count_norms(norms, feats, centroids, self.norm_source)

@@ -66,8 +66,9 @@ class SOSoftmaxLoss(GSoftmaxLoss):
         detach:bool=False, # Distances to the goals as constant weights, as in Circle loss? The source does not say
         deltas:tuple|None=None, # Where the transforms cross zero besides the goals; None: at the goals
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction)
+        super().__init__(scale, reduction, weight)
         _check_hparams(goals, weights, deltas)
         self.goals,self.weights,self.offset,self.clamp,self.detach,self.deltas = goals,weights,offset,clamp,detach,deltas
 

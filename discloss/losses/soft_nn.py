@@ -5,8 +5,6 @@ __all__ = ['distance_metrics', 'soft_nn_loss', 'entanglement', 'Temperature', 'S
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #34de1d05
 import math
-from functools import partial
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -91,8 +89,7 @@ class Temperature(nn.Module):
     def extra_repr(self): return f'initial={self.initial}, speed={self.speed}'
 
 class SoftNNHead(LinearHead):
-    "A linear classifier with a learned temperature; in training `(logits, feats, temperature)`"
-    extras = 'feats', 'temperature'
+    "A linear classifier with a learned temperature; in training logits, feats and temperature"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
@@ -105,15 +102,14 @@ class SoftNNHead(LinearHead):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|tuple: # Logits (batch, n_out); in training `(logits, feats, temperature)`
+    ) -> Tensor|dict: # Logits (batch, n_out); in training logits, feats and temperature
         "Logits, and in training the features and the temperature"
         logits = self.fc(feats)
-        return (logits, feats, self.temperature()) if self.training else logits
+        return dict(logits=logits, feats=feats, temperature=self.temperature()) if self.training else logits
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #aa221ce8
 class SoftNNLoss(DiscLoss):
     "Cross-entropy plus `lam` times soft nearest neighbour loss; the temperature is learned in the `SoftNNHead`"
-    extras = SoftNNHead.extras
     separable,pairs = False,True
     def __init__(self,
         lam:float=1., # Weight next to cross-entropy: positive to disentangle classes, negative to entangle them. Our choice, see the sweep
@@ -122,18 +118,15 @@ class SoftNNLoss(DiscLoss):
         metric:str='euclidean', # 'euclidean' (squared) or 'cosine'
         relative:bool=True, # Temperature in units of the mean distance over pairs of the batch? Our choice; the paper's is absolute
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(reduction)
+        super().__init__(reduction, weight)
         _check_hparams(temperature, metric)
         if not math.isfinite(lam): raise ValueError(f"lam must be a number, got {lam}")
         if not speed >= 0: raise ValueError(f"speed must be at least 0, got {speed}")
         self.lam,self.temperature,self.speed,self.metric,self.relative = lam,temperature,speed,metric,relative
 
-    @property
-    def head(self): return partial(SoftNNHead, temperature=self.temperature, speed=self.speed)
-    @property
-    def y_int(self):
-        raise NotImplementedError("MixUp and CutMix are not defined for SoftNNLoss: it compares the labels of two samples, and a mixed image has no single label; train without them")
+    def head(self, n_in, n_out): return SoftNNHead(n_in, n_out, self.temperature, self.speed)
 
     def loss(self, logits, feats, temperature, targ):
         # the temperature minimises $\ell$ in both uses: when features climb, its gradient is turned
