@@ -1,0 +1,159 @@
+"Statistics by simulation and against scipy: what the notebook shows once is tried here over more settings."
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from discloss.statistics import *
+
+def answers(rng, S, N, seed_sd, image_sd):
+    "What two equally good losses get right, with noise of seeds and of images"
+    seed, image = seed_sd*rng.normal(size=(2,S,1)), image_sd*rng.normal(size=(2,1,N))
+    return rng.random((2,S,N)) < .9+seed+image
+
+@pytest.mark.parametrize('S,N,seed_sd,image_sd', [(5,360,.01,.2), (10,200,.003,.1), (3,500,.02,.02), (4,300,0,0)])
+def test_interval_of_seeds_and_images_holds_the_truth(S, N, seed_sd, image_sd):
+    rng, n = np.random.default_rng(0), 500
+    pairs = [answers(rng, S, N, seed_sd, image_sd) for _ in range(n)]
+    ends = [interval(paired_images(a, b)) for a,b in pairs]
+    held = np.mean([low <= 0 <= high for low,high in ends])
+    assert .915 < held < .99, held # 500 draws of 0.95 have a standard deviation of 0.01
+
+def test_interval_of_seeds_is_scipys():
+    rng = np.random.default_rng(1)
+    for n in (2,3,5,20):
+        a, b = rng.normal(size=(2,n))
+        d, ref = paired(a, b), stats.ttest_rel(a, b)
+        assert p_differs(d) == pytest.approx(ref.pvalue, abs=1e-12)
+        assert interval(d, .9) == pytest.approx(tuple(ref.confidence_interval(.9)))
+
+def test_images_equal_the_mean_squares_of_a_two_way_table():
+    "The same numbers by loops"
+    rng = np.random.default_rng(2)
+    a, b = answers(rng, 4, 30, .05, .2)
+    x = a.astype(float)-b
+    S,N = x.shape
+    ms = N*sum((x[s].mean()-x.mean())**2 for s in range(S))/(S-1)
+    mi = S*sum((x[:,i].mean()-x.mean())**2 for i in range(N))/(N-1)
+    me = sum((x[s,i]-x[s].mean()-x[:,i].mean()+x.mean())**2 for s in range(S) for i in range(N))/((S-1)*(N-1))
+    d = paired_images(a, b)
+    assert d.se**2 == pytest.approx((ms+max(mi-me, 0))/(S*N))
+    assert d.mean == pytest.approx(x.mean())
+
+def test_equality_is_the_ninety_percent_interval_inside_the_margin():
+    rng = np.random.default_rng(3)
+    seen = set()
+    for _ in range(200):
+        d = paired(rng.normal(0, .01, 6), rng.normal(0, .01, 6))
+        low, high = interval(d, .9)
+        inside = -.01 < low and high < .01
+        seen.add(inside)
+        assert (p_equal(d, .01) < .05) == inside
+    assert seen == {True, False}
+
+def test_losses_that_differ_by_the_margin_are_rarely_called_equal():
+    rng = np.random.default_rng(4)
+    d = rng.normal(.003, .003, (2000,8))
+    equal = np.mean([p_equal(paired(x, 0*x), .003) < .05 for x in d])
+    assert equal < .07
+
+def test_bootstrap_spreads_as_its_formula_says():
+    "Two-level draws: the expectation of their variance is known (Owen 2007)"
+    rng = np.random.default_rng(5)
+    a, b = answers(rng, 6, 400, .02, .2)
+    x = a.astype(float)-b
+    S,N = x.shape
+    seed, image = x.mean(1)-x.mean(), x.mean(0)-x.mean()
+    rest = x-x.mean()-seed[:,None]-image
+    want = (seed**2).mean()/S + (image**2).mean()/N + (rest**2).mean()/(S*N)
+    assert bootstrap(a, b, n=4000).var() == pytest.approx(want, rel=.1)
+    one = bootstrap(x.mean(1), 0*x.mean(1), n=4000)
+    assert one.var() == pytest.approx((seed**2).mean()/S, rel=.1)
+
+@pytest.mark.parametrize('p,want', [([.01,.04,.03,.005], [.03,.06,.06,.02]), ([.9,.8], [1,1]), ([], []), ([.01,math.nan,.02], [.02,math.nan,.02])])
+def test_holm(p, want): np.testing.assert_allclose(holm(p), want, atol=1e-12)
+
+@pytest.mark.parametrize('h', [.01,.003,.001])
+def test_number_of_seeds_is_the_smallest(h):
+    var = .004**2
+    n = seeds_for(h, var)
+    half = [stats.t(k-1).ppf(.975)*math.sqrt(var/k) for k in (n-1,n) if k > 1]
+    assert half[-1] <= h and (n == 2 or half[0] > h)
+
+def test_number_of_seeds_finds_the_difference_as_often_as_it_says():
+    n, rng = seeds_for(.005, .006**2, power=.8), np.random.default_rng(6)
+    p = stats.ttest_1samp(rng.normal(.005, .006, (4000,n)), 0, axis=1).pvalue
+    assert .77 < (p < .05).mean() < .86
+
+def test_verdicts_never_contradict_the_intervals():
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        d = Difference(rng.normal(0, .005), int(rng.integers(3, 12)), rng.uniform(0, .006)**2, rng.choice([0,1e-6]))
+        status, text = verdict(d)
+        low, high = interval(d)
+        if status == 'ahead': assert low > 0
+        if status == 'behind': assert high < 0
+        if status == 'equal': assert abs(d.mean) < .003 and 'equal within 0.3 points' in text
+        if status == 'open': assert 'needed' in text and 'about 0' not in text
+
+def test_two_seeds_settle_nothing():
+    assert verdict(paired([.9,.91], [.1,.12]))[0] == 'open'
+
+def test_runs_that_are_missing_leave_out_their_pair_only():
+    table = against(dict(ce={0: .9, 1: .91, 2: .92, 3: .93}, new={1: .95, 2: .97, 3: .98, 7: .1}))
+    assert table.difference['new'] == pytest.approx(np.mean([.04,.05,.05]))
+    assert table.status['ce'] == 'reference' and table.status['new'] == 'ahead'
+
+def test_order_of_seeds_and_entries_changes_nothing():
+    rng = np.random.default_rng(8)
+    scores = {k: dict(enumerate(rng.normal(.9, .01, 6))) for k in ('a','ce','b')}
+    turned = {k: dict(reversed(list(scores[k].items()))) for k in reversed(scores)}
+    a, b = against(scores), against(turned)
+    for col in ('mean','difference','low','high','p','p_equal'):
+        np.testing.assert_allclose(a[col].astype(float), b[col].reindex(a.index).astype(float))
+    assert (a.verdict == b.verdict.reindex(a.index)).all()
+
+@pytest.mark.parametrize('name', ['crossentropy','CrossEntropyLoss','cross-entropy','CE','softmax'])
+def test_reference_is_cross_entropy(name): assert reference(['center', name, 'arcface']) == name
+
+def test_reference_in_a_sweep(): assert reference(['center', 'crossentropy, lr=0.01', 'crossentropy, lr=0.1']) == 'crossentropy, lr=0.01'
+
+def test_a_single_entry_and_entries_that_failed():
+    one = against(dict(center=[.9,.91,.92]))
+    assert list(one.status) == ['reference']
+    broken = against(dict(ce=[math.nan]*3, center=[.9,.91,.92]))
+    assert list(broken.status) == ['reference','open'] and broken['mean'].isna()['ce']
+
+def test_degenerate_entries_win_nothing():
+    assert not keeps_up(.72, .98, .1) and keeps_up(.95, .98, .1)
+    assert not keeps_up(None, .98, .1) and not keeps_up(math.nan, .98, .1)
+    compact = dict(a=[.5,.51,.52], collapsed=[.01,.02,.01])
+    assert winner(compact, more=False) == 'collapsed'
+    assert winner(compact, more=False, among=['a']) is None
+    three = dict(a=[.5,.51,.52], b=[.6,.63,.64], collapsed=[.01,.02,.01])
+    assert winner(three, more=False, among=['a','b']) == 'a'
+
+def test_ranks_are_friedmans_with_ties():
+    rng = np.random.default_rng(9)
+    scores = rng.integers(0, 5, (10,4)).astype(float)
+    chi = stats.friedmanchisquare(*scores.T).statistic
+    F = 9*chi/(10*3-chi)
+    assert rank_test(scores).p == pytest.approx(stats.f(3, 27).sf(F))
+    assert rank_test(-scores, more=False).mean.equals(rank_test(scores).mean)
+
+def test_equal_entries_and_entries_without_noise_have_ranks():
+    same = rank_test(np.ones((5,3)))
+    assert same.p == 1 and same.cliques == [[0,1,2]]
+    clear = rank_test(np.tile([3.,2,1], (30,1)))
+    assert clear.p == 0 and clear.cliques == []
+
+def test_cliques_are_as_large_as_can_be():
+    import pandas as pd
+    ranks = Ranks(pd.Series(dict(a=1., b=1.8, c=2.5, d=4.)), 10, .01, 1.)
+    assert ranks.cliques == [['a','b'],['b','c']]
+
+def test_pictures_are_drawn():
+    table = against(dict(ce=[.9,.91,.92], a=[.95,.96,.975], b=[.9,.92,.92]))
+    assert [t.get_text() for t in plot_differences(table).axes[0].get_yticklabels()] == ['b','a']
+    plot_ranks(rank_test(np.random.default_rng(0).normal(size=(6,7)))).draw_without_rendering()
