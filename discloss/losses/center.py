@@ -34,7 +34,6 @@ def center_loss(
     # $\frac12\lVert x_i - c_{y_i}\rVert^2$
     return reduce_losses(squared_distance(feats, targ, centers)/2, reduction)
 
-@torch.no_grad()
 def update_centers(
     centers:Tensor, # Class centers, shape (classes, d); changed in place
     feats:Tensor, # Shape (batch, d)
@@ -42,6 +41,7 @@ def update_centers(
     alpha:float=0.5, # How far centers move, in [0, 1]; 0.5 in the paper
 ):
     "Move the centers towards their classes by the paper's rule, over all processes"
+    feats = feats.detach()
     c = centers.to(torch.promote_types(centers.dtype, torch.float32))
     # $\sum_i [y_i=j]\,(x_i-c_j)$ and $n_j=\sum_i [y_i=j]$, in one tensor, so that processes meet once
     way = torch.cat([feats.to(c.dtype) - c[targ], c.new_ones(len(targ), 1)], dim=1)

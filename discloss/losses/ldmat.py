@@ -85,7 +85,6 @@ class NearestMeanHead(Head):
         logits = -self.scale*torch.where(self.counts > 0, d2, d2.amax(1, keepdim=True)+1)
         return dict(logits=logits, feats=feats, means=self.means.detach(), counts=self.counts) if self.training else logits
 
-@torch.no_grad()
 def update_means(
     means:Tensor, # Running class means, shape (classes, d); changed in place
     counts:Tensor, # Number of updates of each class, shape (classes,), int64; changed in place
@@ -94,6 +93,7 @@ def update_means(
     momentum:float=0.1, # Least share of the way to the mean of a batch, in (0, 1]
 ):
     "Move the running means of the classes that occur, over all processes"
+    feats = feats.detach()
     mu = means.to(torch.promote_types(means.dtype, torch.float32))
     # $\sum_i [y_i=j](x_i-\mu_j)$ and $n_j=\sum_i[y_i=j]$, in one tensor, so that processes meet once
     way = torch.cat([feats.to(mu.dtype) - mu[targ], mu.new_ones(len(targ), 1)], dim=1)

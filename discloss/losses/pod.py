@@ -107,7 +107,6 @@ class PODHead(PEDCCHead):
         self.delta.fill_(self.delta0)
         self.norms.zero_()
 
-@torch.no_grad()
 def count_norms(
     norms:Tensor, # Sum and number of norms so far, shape (2,); changed in place
     feats:Tensor, # Shape (batch, d)
@@ -115,7 +114,7 @@ def count_norms(
     norm_source:str='feature', # Norms of the features, or, as the code has it, of the vectors of their class scores ('score')
 ):
     "Add the norms of a batch, over all processes"
-    x = feats.to(torch.promote_types(feats.dtype, torch.float32))
+    x = feats.detach().to(torch.promote_types(feats.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x if norm_source == 'feature' else x@centroids.to(x.dtype).T, dim=1)
     norms += all_sum(torch.stack([norm.sum(), norm.new_full((), len(norm))])).to(norms.dtype)
 
