@@ -32,7 +32,7 @@ from . import __version__
 from .bodies import bodies
 from .core import DiscLoss, check_inputs, find_head, with_head
 from .data import ImageTensorLoaders, image_dls
-from .geometry import geometry, get_features, head_weight, ncm_accuracy
+from .geometry import Geometry, get_features, head_weight, ncm_accuracy
 from .plot import plot_curves, plot_features, plot_scores, plot_style
 
 # %% ../nbs/07_compare.ipynb #02137b1c
@@ -145,7 +145,7 @@ def run_loss(
     weight = head_weight(find_head(learn.model))
     train_feats, _, train_targ = get_features(learn.model, dls.train.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch))
     test = dict(accuracy=(logits.argmax(1) == targ).float().mean().item(), loss=torch.nn.functional.cross_entropy(logits, targ).item(),
-                ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **geometry(feats, targ, logits, weight))
+                ncm_accuracy=ncm_accuracy(train_feats, train_targ, feats, targ), **Geometry(feats, targ, logits, weight).dict())
     return dict(valid=rows[-1], test=test, epochs=rows, seconds=seconds, parameters=sum(p.numel() for p in learn.model.parameters())), (feats, logits, targ)
 
 # %% ../nbs/07_compare.ipynb #7254cf76

@@ -16,7 +16,7 @@ from discloss.compare import _save_feats, _write_whole, all_losses, append_resul
 from discloss.contract import check_loss
 from discloss.core import disc_learner, with_head
 from discloss.data import image_dls, load_arrays, to_pixels
-from discloss.geometry import GeometryCallback, geometry, get_features
+from discloss.geometry import Geometry, GeometryCallback, get_features
 from discloss.losses.cc import CCLoss, class_balanced
 from discloss.losses.center import CenterLoss, center_loss
 from discloss.losses.cosface import CosFaceLoss
@@ -183,7 +183,7 @@ models = {
     'PODSchedule without its head':   (lambda: fit(cbs=PODSchedule()), ('PODHead', 'CenterHead')),
     'unknown measure':                (lambda: GeometryCallback(show='nc9'), ('nc9', 'nc1')),
     'features of no batch':           (lambda: get_features(plain, []), ('no batch',)),
-    'features without labels to match': (lambda: geometry(torch.randn(4,3), torch.arange(3)), ('shape (4,)', '(3,)')),
+    'features without labels to match': (lambda: Geometry(torch.randn(4,3), torch.arange(3)), ('shape (4,)', '(3,)')),
     'class_balanced that does not fit': (lambda: class_balanced(loaders().train, per_class=3), ('divide the batch size', '3', '16')),
 }
 
