@@ -26,10 +26,10 @@ from .core import DiscLoss, reductions, with_head
 from .data import image_dls
 from .learner import quiet
 
-# %% ../nbs/06_contract.ipynb #a093d81e
+# %% ../nbs/06_contract.ipynb #c30e090a
 class Case:
     "A loss, with fresh heads, batches and learners to try it on"
-    n_in,n_out = 8,5
+    n_in,n_out = 24,5
     def __init__(self,
         loss:DiscLoss, # The loss to check; checks work on copies
         folder, # Where learners write
@@ -44,7 +44,7 @@ class Case:
         return self._trained
 
     def batch(self, n=20, dtype=torch.float32):
-        "Random features (n, 8), targets in 0..4, and a fresh head in training"
+        "Random features (n, 24), targets in 0..4, and a fresh head in training"
         gen = torch.Generator().manual_seed(0)
         feats = torch.randn(n, self.n_in, generator=gen).to(dtype).requires_grad_()
         set_seed(0)
@@ -64,7 +64,7 @@ class Case:
         if epochs: learn.fit_one_cycle(epochs, 1e-2)
         return learn
 
-# %% ../nbs/06_contract.ipynb #a2915929
+# %% ../nbs/06_contract.ipynb #ed247ffa
 checks = [] # In the order in which `check_loss` runs them
 
 def _check(f):
@@ -137,14 +137,16 @@ def hyperparameters(case):
     assert not idle, f"other values of {idle} change nothing"
 
 def _traces(case, loss):
-    "What a loss leaves behind: values, gradients, buffers and logits over three steps"
+    "What a loss leaves behind over three steps: values, gradients, buffers, logits"
     feats, targ, _ = case.batch()
     set_seed(0)
     head, seen = loss.head(case.n_in, case.n_out), []
     for step in range(3):
         x = ((step+1)*feats.detach()).requires_grad_()
-        value, grad = case.step(x, targ, head.train(), loss)
-        seen += [value, grad, *(b.clone().float() for b in head.buffers()), head.eval()(x).detach()]
+        value = loss(head.train()(x), targ)
+        grads = torch.autograd.grad(value, [x, *head.parameters()], allow_unused=True)
+        buffers = [b.clone().float() for b in head.buffers()]
+        seen += [value.detach(), *(g for g in grads if g is not None), *buffers, head.eval()(x).detach()]
     return seen
 
 def _changes_something(case, name):

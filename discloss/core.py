@@ -403,7 +403,7 @@ def _snapshots(outs):
     "Copies of what has no gradient, which a compiled backward pass can rely on"
     return {k: v if v.requires_grad else _snapshot(v) for k,v in outs.items()}
 
-# %% ../nbs/00_core.ipynb #61e79504
+# %% ../nbs/00_core.ipynb #444d574c
 @patch
 def _check_names(self:DiscLoss, outs, takes):
     missing = [k for k,required in takes.items() if required and k not in outs]
@@ -453,7 +453,7 @@ def _check_hparams(self:DiscLoss):
 
 @patch
 def _check_losses(self:DiscLoss, losses, outs):
-    if not _can_look(losses) or losses.detach().sum().isfinite(): return
+    if not _can_look(losses) or math.isfinite(losses.detach().sum().item()): return
     check_finite(**{k: v for k,v in outs.items() if v.is_floating_point()})
 
 # %% ../nbs/00_core.ipynb #bfdfecd6

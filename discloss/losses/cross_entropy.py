@@ -6,19 +6,19 @@ __all__ = ['CrossEntropy']
 # %% ../../nbs/losses/00_cross_entropy.ipynb #865baa62
 import torch.nn.functional as F
 
-from ..core import DiscLoss
+from ..core import DiscLoss, Number
 
 # %% ../../nbs/losses/00_cross_entropy.ipynb #7311b6a3
 class CrossEntropy(DiscLoss):
     "Cross-entropy of the logits; works with any model, with or without a head"
+    hypers = dict(label_smoothing=Number(0, 1, search=(0.01, 0.3), log=True))
     def __init__(self,
         label_smoothing:float=0., # In [0, 1]: how much of the target is spread evenly over the classes
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
-        if not 0 <= label_smoothing <= 1: raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-        self.label_smoothing = label_smoothing
+        self.set_hparams(label_smoothing=label_smoothing)
 
     def loss(self, logits, targ):
         # $-\sum_j q_j \log p_j$
