@@ -9,7 +9,8 @@ import importlib, pkgutil
 import discloss.losses
 from .bodies import *
 from .callbacks import *
-from .compare import *
+from .compare import compare
+from .comparison import Comparison, better, load_comparison
 from .contract import check_loss
 from .core import *
 from .data import *
@@ -18,6 +19,8 @@ from .heads import *
 from .learner import *
 from .plot import *
 from .pruning import *
+from .runs import default_lr, loss_learner
+from .specs import all_losses, parse_loss, parse_losses
 
 for _m in pkgutil.iter_modules(discloss.losses.__path__, 'discloss.losses.'):
     _m = importlib.import_module(_m.name)

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils.flop_counter import FlopCounterMode
 
-from .compare import _write_whole
 from .core import Head, check_inputs
+from .store import write_whole
 
 # %% ../nbs/pruning/60_cpli.ipynb #dbbdab54
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def _load(path, key):
 def _save(path, **what):
     buffer = io.BytesIO() # PyTorch's own writer does not say which file it could not write
     torch.save(what, buffer)
-    _write_whole(Path(path), lambda part: part.write_bytes(buffer.getbuffer()))
+    write_whole(Path(path), lambda part: part.write_bytes(buffer.getbuffer()))
 
 def prune(
     model:nn.Module, # A trained classifier; it is not changed

@@ -50,7 +50,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption('--record') and not hasattr(config, 'workerinput'): _record(Path(config.getoption('--record')))
 
 def _record(file):
-    from discloss.compare import all_losses, device_name, versions
+    from discloss.runs import device_name, versions
+    from discloss.specs import all_losses
     import torch
     old, losses = json.loads(file.read_text()) if file.exists() else {}, all_losses()
     def known(d): return {k: v for k,v in d.items() if k in losses} # A loss that is no more is dropped

@@ -12,11 +12,17 @@ from PIL import Image
 from test_matrix import loaders, silent, state, tiny
 
 from discloss.bodies import small_body
-from discloss.compare import _save_feats, _write_whole, all_losses, append_result, compare, read_results
+from discloss.compare import compare
+from discloss.comparison import save_outputs
 from discloss.contract import check_loss
-from discloss.core import disc_learner, with_head
+from discloss.core import with_head
 from discloss.data import image_dls, load_arrays, to_pixels
+<<<<<<< HEAD
 from discloss.geometry import Geometry, GeometryCallback, get_features
+=======
+from discloss.learner import disc_learner
+from discloss.geometry import GeometryCallback, geometry, get_features
+>>>>>>> 0f9100c (Compare's five jobs in rooms of their own: specs, runs, store, comparison, command)
 from discloss.losses.cc import CCLoss, class_balanced
 from discloss.losses.center import CenterLoss, center_loss
 from discloss.losses.cosface import CosFaceLoss
@@ -28,6 +34,8 @@ from discloss.losses.pod import PODLoss, PODSchedule
 from discloss.losses.sigma2r import Sigma2RLoss
 from discloss.losses.so_softmax import SOSoftmaxLoss
 from discloss.pruning import _save
+from discloss.specs import all_losses
+from discloss.store import append_result, read_results, write_whole
 
 def refusal(f, *says, error=(TypeError, ValueError)):
     "The message of the error that `f` must raise: one sentence or two, with all of `says` in it"
@@ -279,31 +287,40 @@ sets = { # Name -> (call with a folder, what the message says)
 
 quick = dict(epochs=1, seeds=1, show=False)
 comparisons = {
-    'unknown loss':                  (lambda t: compare('centre'), ("'centre'", 'center')),
+    'unknown loss':                  (lambda t: compare('centre'), ("'centre'", "did you mean 'center'")),
     'no loss':                       (lambda t: compare(''), ('no loss', 'center')),
-    'unreadable losses':             (lambda t: compare('center(lam='), ('center(lam=', 'commas')),
+    'unreadable losses':             (lambda t: compare('center(lam='), ('center(lam=', 'cannot read')),
     'losses with a null byte':       (lambda t: compare('center\0'), ('cannot read',)),
     'losses nested too deeply':      (lambda t: compare('('*5000), ('cannot read',)),
     'unknown hyper-parameter':       (lambda t: compare('center(scale=1)'), ("'scale'", 'lam, alpha')),
-    'hyper-parameter of a wrong type': (lambda t: compare('center(lam=high)'), ('center(lam=high)', 'cannot be made')),
+    "a paper's letter":              (lambda t: compare('center(lambda=1)'), ('lambda', 'is lam here')),
+    'a value without a name':        (lambda t: compare('center(0.1)'), ('0.1', 'name=value')),
+    'hyper-parameter of a wrong type': (lambda t: compare('center(lam=high)'), ('lam', 'high')),
     'a call as a hyper-parameter':   (lambda t: compare('center(lam=print(1))'), ('plain value', 'print(1)')),
-    'an infinite hyper-parameter':   (lambda t: compare('crossentropy,center(lam=1e999)', **quick), ('center', 'finite', 'inf')),
+    'an infinite hyper-parameter':   (lambda t: compare('crossentropy,center(lam=1e999)', **quick), ('lam', 'inf')),
     'a class among the losses':      (lambda t: compare([CenterLoss]), ('instances of DiscLoss', 'CenterLoss')),
     'a loss of PyTorch to compare':  (lambda t: compare(dict(ce=nn.CrossEntropyLoss()), **quick), ('DiscLoss', 'CrossEntropyLoss')),
     'no epochs':                     (lambda t: compare(epochs=0), ('epochs', 'at least 1', '0')),
     'half an epoch':                 (lambda t: compare(epochs=0.5), ('epochs', 'at least 1', '0.5')),
     'no seeds':                      (lambda t: compare(seeds=0), ('seeds', 'at least 1')),
     'a seed twice':                  (lambda t: compare(seeds=[1,1]), ('seeds', 'different', '[1, 1]')),
-    'a negative seed':               (lambda t: compare(seeds=[0,-1]), ('seeds', '[0, -1]')),
+    'a negative seed':               (lambda t: compare(seeds=[0,-1]), ('seed', '-1')),
     'learning rate of NaN':          (lambda t: compare(lr=math.nan), ('lr', 'positive', 'nan')),
     'learning rate of infinity':     (lambda t: compare(lr=math.inf), ('lr', 'positive', 'inf')),
+    'a learning rate in words':      (lambda t: compare(lr='fast'), ('lr', "'fast'")),
+    'a learning rate twice':         (lambda t: compare(lr=[.1,.1]), ('lr', 'different')),
     'negative weight decay':         (lambda t: compare(wd=-1.), ('wd', 'at least 0', '-1')),
     'no features':                   (lambda t: compare(n_feats=0), ('n_feats', 'at least 1', '0')),
+    'no batch':                      (lambda t: compare(bs=0), ('bs', 'at least 1', '0')),
     'unknown body':                  (lambda t: compare(arch='resnet99'), ("'resnet99'", 'resnet9')),
-    'loaders without a test set':    (lambda t: compare(data=DataLoaders(loaders().train)), ('test set', 'DataLoaders')),
+    'data that are a number':        (lambda t: compare(data=3), ('data', 'DataLoaders', 'int')),
+    'a size for loaders':            (lambda t: compare(data=loaders(), size=3), ('size', 'DataLoaders')),
+    'trained weights of a body':     (lambda t: compare(pretrained=True, **quick), ('small_body', 'weights=FILE')),
+    'weights that are not there':    (lambda t: compare(weights=t/'w.pth', **quick), ('w.pth', 'no file of weights')),
+    'weights that are no weights':   (lambda t: (t/'w.pth').write_text('hello') and compare(weights=t/'w.pth', **quick), ('w.pth', 'not a file of weights')),
+    'weights of another network':    (lambda t: torch.save(nn.Linear(2,3).state_dict(), t/'w.pth') or compare(weights=t/'w.pth', **quick), ('w.pth', 'do not fit')),
     'a callback for all runs':       (lambda t: compare(cbs=PODSchedule()), ('function', 'PODSchedule')),
     'a body too small for one loss': (lambda t: compare('center,pedcc', n_feats=2), ('pedcc', '2 dimensions')),
-    'a rate that diverges':          (lambda t: compare('center', lr=1e9, **quick), ('center, seed 0', 'finite', 'learning rate')),
 }
 
 catalogue = {**{k: (lambda tmp, f=f: f(), says) for d in (hparams, models) for k,(f,says) in d.items()}, **sets, **comparisons}
@@ -319,25 +336,27 @@ def test_catalogue(case, tmp_path, record_property):
 # ---- folders and files
 
 def test_results_that_are_not_whole(tmp_path):
-    "Whatever stands in results.jsonl and features/: whole results count, everything else is passed over and left as it is"
+    "Whatever stands in results.jsonl and runs/: whole results count, everything else is passed over and left as it is"
     args = dict(losses='crossentropy', out=tmp_path, n_train=100, bs=50, **quick)
     want = compare(**args).table()
     good = (tmp_path/'results.jsonl').read_bytes()
     row = json.loads(good)
-    feats, = (tmp_path/'features').iterdir()
+    file, = (tmp_path/'runs').iterdir()
+    def changed(**kw): return json.dumps({**row, **kw}).encode()
     strange = [b'\xff\xfe\0\0', b'null', b'[1, 2]', b'"key"', b'{"key": 3}', b'{"key": ["a"]}', b'['*100_000, b'9'*10_000, good[:-40], json.dumps({'key': row['key']}).encode(),
-               json.dumps({**row, 'config': {**row['config'], 'lr': 1}}).encode(), json.dumps({**row, 'epochs': 3}).encode(), json.dumps({**row, 'test': None}).encode()]
+               changed(config={**row['config'], 'lr': 1}), changed(epochs=3), changed(test=None), changed(test={}), changed(test=dict(accuracy=None)), changed(valid={}),
+               changed(epochs=[{}]), changed(seconds=None), changed(config=None), b'{"key": "a", "config": ' + b'['*100_000]
     for junk in strange:
         (tmp_path/'results.jsonl').write_bytes(junk + b'\n')
         assert compare(**args).table().equals(want)
         lines = (tmp_path/'results.jsonl').read_bytes()
         assert lines.startswith(junk + b'\n') and lines.count(b'\n') == 2
-    for junk in b'', b'PK\3\4 nothing', feats.read_bytes()[:300]:
+    for junk in b'', b'PK\3\4 nothing', file.read_bytes()[:300]:
         (tmp_path/'results.jsonl').write_bytes(good)
-        feats.write_bytes(junk)
+        file.write_bytes(junk)
         cmp = compare(**args)
         assert cmp.table().equals(want) and not cmp.feats
-    np.savez(feats, feats=np.zeros((4,2)), targ=np.full(4, 99))
+    np.savez(file, **{k: np.zeros((4,2)) for k in ('targ','pred','conf','prob','feats')})
     assert not compare(**args).feats
 
 @pytest.mark.parametrize('taken', ['a file', 'below a file', 'table.md is a folder', 'cannot be written'])
@@ -348,19 +367,19 @@ def test_unwritable_folder(taken, tmp_path, record_property):
     (tmp_path/'locked').mkdir(mode=0o555)
     out = {'a file': tmp_path/'file', 'below a file': tmp_path/'file'/'o', 'table.md is a folder': tmp_path/'o', 'cannot be written': tmp_path/'locked'}[taken]
     if taken == 'cannot be written' and os.geteuid() == 0: out = Path('/proc/discloss') # Root may write everywhere else
-    before = {k: v for k,v in tree(tmp_path).items() if 'features' not in k}
+    before = {k: v for k,v in tree(tmp_path).items() if 'runs' not in k}
     said = refusal(lambda: compare(out=out, epochs=10**6, show=False), error=OSError)
-    assert {k: v for k,v in tree(tmp_path).items() if 'features' not in k} == before
+    assert {k: v for k,v in tree(tmp_path).items() if 'runs' not in k} == before
     record_property('bad', (f'output folder: {taken}', said.replace(str(tmp_path), '…')))
 
 def test_full_disk(tmp_path, record_property):
     "A limit on the size of files cuts writes off as a full disk does: the error names the file, and files stay as they were"
     results, table = tmp_path/'r.jsonl', tmp_path/'t.md'
     append_result(results, dict(key='a', value='x'*600))
-    _write_whole(table, lambda p: p.write_text('old'))
+    write_whole(table, lambda p: p.write_text('old'))
     before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    for what in (lambda: append_result(results, dict(key='b', value='x'*600)), lambda: _write_whole(table, lambda p: p.write_text('x'*5000)),
-                 lambda: _save(tmp_path/'c.pt', state=torch.randn(5000)), lambda: _save_feats(tmp_path/'f.npz', torch.randn(500,8), torch.zeros(500))):
+    for what in (lambda: append_result(results, dict(key='b', value='x'*600)), lambda: write_whole(table, lambda p: p.write_text('x'*5000)),
+                 lambda: _save(tmp_path/'c.pt', state=torch.randn(5000)), lambda: save_outputs(tmp_path/'f.npz', dict(feats=np.random.rand(500,8)))):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1])) # No file can grow beyond 1000 bytes, and a longer write is cut off
         try: what()
         except OSError as e: said = str(e)
@@ -378,11 +397,13 @@ commands = {
     'command: negative weight':    (['--losses', 'center(lam=-1)'], 'lam must be at least 0, got -1'),
     'command: unknown data':       (['--data', 'cifra10'], "did you mean 'cifar10'?"),
     'command: unknown body':       (['--arch', 'resnet99'], "unknown arch 'resnet99'"),
-    'command: no epochs':          (['--epochs', '0'], 'epochs must be at least 1, got 0'),
+    'command: no epochs':          (['--epochs', '0'], 'epochs must be a whole number, at least 1, got 0'),
     'command: batch too large':    (['--bs', '5000'], 'more than the 1149 training images'),
     'command: folder taken':       (['--out', 'taken/out'], 'taken'),
     'command: unknown device':     (['--device', 'tpu9'], "device must be one that works here, such as cpu, got 'tpu9'"),
     'command: epochs in words':    (['--epochs', 'ten'], "invalid int value: 'ten'"),
+    'command: seeds in words':     (['--seeds', 'ten'], "seeds must be whole numbers separated by commas, got 'ten'"),
+    'command: no report':          (['--report', 'nothing'], 'nothing holds no comparison'),
     'command: unknown option':     (['--epoch_count', '3'], 'unrecognized arguments: --epoch_count'),
     'command: NaN as a rate':      (['--lr', 'nan'], 'lr must be positive, got nan'),
 }
@@ -391,7 +412,7 @@ commands = {
 def test_command(case, tmp_path, monkeypatch, capsys, record_property):
     args, says = commands[case]
     (tmp_path/'taken').write_text('a file, not a folder')
-    (tmp_path/'command.py').write_text('import sys\nfrom discloss.compare import discloss_compare\nsys.exit(discloss_compare())')
+    (tmp_path/'command.py').write_text('import sys\nfrom discloss.command import main\nsys.exit(main())')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('DISCLOSS_DATA', str(tmp_path))
     monkeypatch.setattr(sys, 'argv', ['discloss_compare', *args])

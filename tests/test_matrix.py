@@ -13,7 +13,7 @@ from fastai.vision.all import (Callback, ClassificationInterpretation, CutMix, G
 
 import discloss
 from discloss.bodies import small_body
-from discloss.compare import all_losses
+from discloss.specs import all_losses
 from discloss.core import TrainMetrics, disc_learner, find_head, with_head
 from discloss.data import ImageTensorLoaders, ImageTensors, image_dls
 
@@ -394,7 +394,7 @@ def load_elsewhere(loss, tmp): assert torch.allclose(loaded_elsewhere()[loss.nam
 
 STEPS = """
 import os, torch, torch.nn as nn, torch.distributed as dist
-from discloss.compare import all_losses
+from discloss.specs import all_losses
 from discloss.core import with_head
 
 rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from discloss.compare import all_losses
+from discloss.specs import all_losses
 
 def features(head, c, d):
     "Name -> (features, labels), in float32: what the head and the loss get, and what float64 gets is the same numbers"

@@ -56,7 +56,7 @@ for cls in all_losses().values():
 learn.export('l.pkl'); load_learner('l.pkl')
 res = compare('crossentropy,center', epochs=1, seeds=1, show=False)
 res.table(), res.plot()
-open('command.py', 'w').write('from discloss.compare import discloss_compare; discloss_compare()')
+open('command.py', 'w').write('from discloss.command import main; main()')
 sys.argv = ['command.py', '--losses', 'center', '--epochs', '1', '--seeds', '1', '--out', 'out']
 import runpy; runpy.run_path('command.py', run_name='__main__')
 assert len(open('out/results.jsonl').readlines()) == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from discloss.compare import all_losses
+from discloss.specs import all_losses
 
 dtypes = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

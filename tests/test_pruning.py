@@ -11,7 +11,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import discloss.pruning
 from discloss.bodies import small_body
-from discloss.compare import all_losses
+from discloss.specs import all_losses
 from discloss.core import disc_learner, find_head, with_head
 from discloss.data import image_dls
 from discloss.losses.center import CenterLoss

@@ -9,7 +9,8 @@ from conftest import root
 from test_bad_input import refusal, tree
 from test_matrix import learner, loaders, state
 
-from discloss.compare import compare, parse_losses
+from discloss.compare import compare
+from discloss.specs import parse_losses
 from discloss.data import ImageTensors, image_dls, load_arrays
 from discloss.losses.center import CenterLoss
 
@@ -56,8 +57,8 @@ def test_pickles_in_data(tmp_path, mark):
 def test_pickles_in_results(tmp_path, mark):
     args = dict(losses='crossentropy', n_train=100, bs=50, epochs=1, seeds=1, show=False, out=tmp_path/'out')
     compare(**args)
-    file, = (tmp_path/'out'/'features').iterdir()
-    np.savez(file, feats=np.array([Touch(mark)], dtype=object), targ=np.zeros(1, int))
+    file, = (tmp_path/'out'/'runs').iterdir()
+    np.savez(file, feats=np.array([Touch(mark)], dtype=object), **{k: np.zeros(1, int) for k in ('targ','pred','conf','prob')})
     assert not compare(**args).feats
     file.write_bytes(pickle.dumps(Touch(mark)))
     assert not compare(**args).feats and not mark.exists()
@@ -93,8 +94,8 @@ def test_names_are_not_paths(tmp_path):
     table = cmp._repr_markdown_().splitlines()
     assert len(table) == 4 and len({row.replace('\\|', '').count('|') for row in table}) == 1
     assert [p.name for p in tmp_path.iterdir()] == ['a'] and [p.name for p in (tmp_path/'a'/'b').iterdir()] == ['out']
-    names = [p for p in tree(out) if p not in ('results.jsonl', 'features')]
-    assert len(names) == 2 and all(p.startswith('features/') and p[9:-4].isalnum() for p in names)
+    names = [p for p in tree(out) if p not in ('results.jsonl', 'runs')]
+    assert len(names) == 2 and all(p.startswith('runs/') and p[5:-4].isalnum() for p in names)
 
 def test_learner_with_strange_class_names(tmp_path):
     "Saving, exporting and predicting write nothing under the name of a class"

@@ -1,0 +1,331 @@
+"The rules that make a comparison a comparison, one small test for each; and the key of a result, one line for each part of it."
+import functools, json, math, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import params
+
+import discloss.runs as runs
+from discloss.bodies import bodies, lenetpp, small_body
+from discloss.compare import compare
+from discloss.comparison import Comparison, better, load_comparison
+from discloss.data import image_dls
+from discloss.losses.center import CenterLoss
+from discloss.losses.cross_entropy import CrossEntropy
+from discloss.runs import choose_threads, default_arch, default_lr, loss_learner, run_loss, threads
+from discloss.store import append_result, read_results
+
+quick = dict(n_train=128, epochs=1, seeds=1, show=False)
+
+class Spy(Callback):
+    "What a run is trained with"
+    seen = []
+    def before_fit(self):
+        self.note = dict(lr=self.opt.hypers[-1]['lr'], wd=self.opt.hypers[0]['wd'], epochs=self.n_epoch, bs=self.dls.train.bs,
+                         weights=[p.detach().clone() for p in params(self.learn.model[0])], loss=self.loss_func, lrs=[], targ=[])
+        Spy.seen.append(self.note)
+    def before_batch(self):
+        if self.training: self.note['targ'].append(self.y.clone())
+    def after_batch(self):
+        if self.training: self.note['lrs'].append(self.opt.hypers[-1]['lr'])
+    def after_fit(self):
+        self.note['model'] = self.learn.model
+
+@pytest.fixture
+def spied():
+    "Compare, and return what each run was trained with"
+    def _spied(losses='crossentropy', **kwargs):
+        Spy.seen = []
+        cmp = compare(losses, cbs=lambda loss: Spy(), **{**quick, **kwargs})
+        return Spy.seen, cmp
+    return _spied
+
+# ---- the rules
+
+def test_epochs_lr_wd_bs_are_used(spied):
+    (s,), _ = spied(epochs=3, lr=3e-3, wd=0.123, bs=32)
+    assert s['epochs'] == 3 and s['bs'] == 32 and s['wd'] == 0.123
+    assert len(s['targ']) == 3*4 and max(s['lrs']) == pytest.approx(3e-3, rel=.02)
+
+def test_default_weight_decay_is_fastais(spied):
+    (s,), _ = spied()
+    assert s['wd'] == 0.01
+
+def test_n_feats_and_arch_are_used(spied):
+    (s,), _ = spied(n_feats=5, arch='lenetpp')
+    assert s['model'][0].n_feats == 5 and len(s['weights']) == len(list(lenetpp().parameters()))
+
+def test_all_losses_start_alike_and_see_the_same_batches(spied):
+    "Also the loss whose head draws random numbers, and whatever was drawn before"
+    seen, _ = spied('crossentropy,center,pedcc,circlepair', seeds=2)
+    for runs_of_seed in seen[:4], seen[4:]:
+        first = runs_of_seed[0]
+        for s in runs_of_seed[1:]:
+            assert all(torch.equal(a, b) for a,b in zip(s['weights'], first['weights']))
+            assert all(torch.equal(a, b) for a,b in zip(s['targ'], first['targ']))
+
+def test_seeds_differ_in_weights_and_batches(spied):
+    (a, b), _ = spied(seeds=[3,4])
+    assert not torch.equal(a['weights'][0], b['weights'][0]) and not torch.equal(a['targ'][0], b['targ'][0])
+
+def test_seeds_are_those_asked_for(spied):
+    (a, b), cmp = spied(seeds=[7,1])
+    again, _ = spied(seeds=[1])
+    assert [r['config']['seed'] for r in cmp.results] == [7,1] and torch.equal(b['weights'][0], again[0]['weights'][0])
+
+def test_each_run_has_its_own_loss(spied):
+    seen, cmp = spied('crossentropy,center(lam=0.1)')
+    assert [type(s['loss']) for s in seen] == [CrossEntropy, CenterLoss] and seen[1]['loss'].lam == 0.1
+    assert [r['config']['hparams'].get('lam') for r in cmp.results] == [None, 0.1]
+
+def moved(dls, part):
+    "The labels of one part are wrong, all of them"
+    ds = dls.loaders[part].dataset
+    ds.y = (ds.y+1) % 10
+    return dls
+
+@pytest.fixture(scope='module')
+def trained():
+    "Results by which part has wrong labels; None: none has"
+    def result(part):
+        dls = image_dls('digits')
+        if part is not None: moved(dls, part)
+        return run_loss(CrossEntropy(), dls, epochs=3)
+    return {part: result(part) for part in (None,1,2)}
+
+def test_test_numbers_come_from_the_test_set(trained):
+    row, said = trained[2]
+    assert row['test']['accuracy'] < 0.1 < 0.8 < row['valid']['accuracy'] and row['test']['loss'] > 2
+    assert row['test']['ncm_accuracy'] < 0.1  # Means come from the training images
+
+def test_validation_numbers_come_from_the_validation_set(trained):
+    row, _ = trained[1]
+    assert row['valid']['accuracy'] < 0.1 < 0.8 < row['test']['accuracy'] and row['test'] == trained[None][0]['test']
+
+def test_validation_comes_after_each_epoch_and_the_last_counts(trained):
+    row, _ = trained[None]
+    assert len(row['epochs']) == 3 and row['valid'] == row['epochs'][-1] != row['epochs'][0]
+
+def test_the_last_epoch_counts_not_the_best(spied):
+    class Spoil(Callback):
+        "The network forgets everything before the last validation"
+        def after_train(self):
+            if self.epoch == 2: [torch.nn.init.zeros_(p) for p in self.learn.model.parameters()]
+    cmp = compare('crossentropy', cbs=lambda loss: Spoil(), **{**quick, 'epochs': 3, 'n_train': None})
+    row, = cmp.results
+    assert max(e['accuracy'] for e in row['epochs']) > .8 and row['valid']['accuracy'] < .2 and row['test']['accuracy'] < .2
+
+def test_what_is_kept_is_the_test_set_in_order(trained):
+    _, said = trained[None]
+    dls = image_dls('digits')
+    y = dls.test.dataset.y.cpu().numpy()
+    assert (said['targ'] == y).all() and said['feats'].shape == (len(y), 64)
+    assert (said['pred'] == y).mean() == pytest.approx(trained[None][0]['test']['accuracy'])
+    assert (said['conf'] >= said['prob']).all() and ((said['conf'] == said['prob']) == (said['pred'] == y)).mean() > .999
+
+def test_the_test_sees_no_augmentation(monkeypatch):
+    "Neither the test images nor the training images from which class means come"
+    seen = []
+    def watch(model, dl, *args):
+        x, y = zip(*[(b[0], b[1]) for b in dl])
+        seen.append(torch.cat(x).clone())
+        return real(model, dl, *args)
+    real = runs.get_features
+    monkeypatch.setattr(runs, 'get_features', watch)
+    for pad in 0,2: run_loss(CrossEntropy(), image_dls('digits', n_train=128, pad=pad), epochs=1)
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and len(seen[1]) == 128
+
+def row(label, seed, acc, wrong=None, **test):
+    config = dict(data='made up', n=[1,1,1], arch='none', n_feats=None, epochs=1, bs=1, lr=.1, seed=seed)
+    return dict(key=f'{label}{seed}', label=label, config=config, versions={}, device='cpu', seconds=1., epochs=[dict(accuracy=acc)], trouble=wrong,
+                test=dict(accuracy=acc, **test), valid=dict(accuracy=acc))
+def made(**scores): return Comparison([row(k, i, v) for k,vs in scores.items() for i,v in enumerate(vs)])
+
+def test_star_needs_every_other_loss():
+    lead, good, bad = [.95,.96,.97], [.94,.95,.96], [.5,.5,.5]
+    assert made(a=lead, b=good, c=bad).starred() == ['a']
+    assert made(a=lead, b=lead, c=bad).starred() == [] # Better than c alone
+    assert '*' in made(a=lead, b=good, c=bad).table()['test accuracy']['a'] and '*' not in made(a=lead, b=lead, c=bad).table().to_string()
+
+def test_star_needs_three_seeds_and_more_than_noise():
+    assert made(a=[.99,.99], b=[.1,.1]).starred() == [] and made(a=[.99,.5,.9], b=[.9,.6,.85]).starred() == []
+
+def test_star_is_paired_by_seed():
+    shift = np.array([0, .2, -.2])
+    assert made(a=.5+shift+[.011,.010,.012], b=.5+shift).starred() == ['a']
+    assert not better(.5+shift+.01, .5+shift[::-1]+.0)
+
+def test_star_knows_that_less_loss_is_better():
+    cmp = Comparison([row(k, i, .5, loss=l+i/100) for k,l in (('a',.1),('b',.9)) for i in range(3)])
+    assert cmp.starred(('test','loss')) == ['a']
+
+def test_mean_and_sample_deviation():
+    assert made(a=[.90,.92,.97]).table()['test accuracy']['a'].startswith(f'0.9300 ± {np.std([.90,.92,.97], ddof=1):.4f}')
+
+def test_what_did_not_learn_wins_nothing_and_is_marked():
+    cmp = Comparison([*(row('a', i, .99, 'a diverged: try a smaller learning rate' if i == 1 else None) for i in range(3)), *(row('b', i, .5) for i in range(3))])
+    assert cmp.starred() == ['b'] and 'a (did not learn)' in cmp.table().index and 'a diverged' in cmp.summary()
+
+def test_a_rate_that_diverges_is_told(capsys):
+    cmp = compare('center', lr=1e9, **quick)
+    assert 'diverged' in cmp.troubles['center'] and 'smaller learning rate' in cmp.summary()
+    cmp.plot(), cmp.table()
+
+@pytest.mark.parametrize('arch', bodies)
+def test_defaults_learn(arch):
+    "Each body with its default rate, on images of its kind"
+    kind = dict(small_body={}, lenetpp=dict(size=28), resnet9=dict(size=16), resnet18_cifar=dict(size=16))[arch]
+    few = dict(small_body=600, lenetpp=1149, resnet9=256, resnet18_cifar=256)[arch]
+    result, _ = run_loss(CrossEntropy(), image_dls('digits', bs=32, n_train=few, **kind), arch, epochs=3)
+    assert result['trouble'] is None and result['test']['accuracy'] > .5
+
+def test_every_known_set_has_a_default_that_is_tested():
+    assert set(default_arch.values()) <= set(bodies) and {a: default_lr(a) for a in bodies} == runs.default_lrs
+    assert default_lr(functools.partial(lenetpp, n_feats=3)) == default_lr('lenetpp') == 2e-3
+
+# ---- the key: change a part, expect a new run
+
+class OwnLoss(CenterLoss):
+    def loss(self, logits, feats, centers, targ): return super().loss(logits, feats, centers, targ)*1.
+class OwnLossEdited(CenterLoss):
+    def loss(self, logits, feats, centers, targ): return super().loss(logits, feats, centers, targ)*2.
+OwnLossEdited.__name__ = OwnLossEdited.__qualname__ = 'OwnLoss'
+
+class Own(Callback):
+    def __init__(self, value): self.value = value
+
+def pixels(change):
+    dls = image_dls('digits', n_train=128)
+    for i,dl in enumerate(dls): change(i, dl.dataset)
+    return dls
+def noise(i, ds): ds.x[1:] = 255-ds.x[1:]
+def one_pixel(i, ds): ds.x[3,0,0,0] += i == 0
+def shifted(i, ds): ds.x = ds.x.roll(1, -1) if i == 0 else ds.x
+def rolled(i, ds): ds.x = ds.x.roll(1, 0) if i == 2 else ds.x
+def mirrored(i, ds): ds.x = ds.x.flip(-1)
+def transposed(i, ds): ds.x = ds.x.transpose(-1, -2)
+def label(i, ds): ds.y[0] = (ds.y[0]+1) % 10 if i == 2 else ds.y[0]
+def wide(n): return lambda n_in: small_body(n_in, width=n)
+
+base = dict(losses='center', data='digits', **quick)
+parts = {
+    'loss': dict(losses='crossentropy'), 'hyper-parameter': dict(losses='center(lam=0.1)'), 'code of the loss': dict(losses=[OwnLoss()]), 'edited code of the loss': dict(losses=[OwnLossEdited()]),
+    'epochs': dict(epochs=2), 'lr': dict(lr=1e-3), 'wd': dict(wd=0.5), 'bs': dict(bs=32), 'seed': dict(seeds=[5]), 'n_feats': dict(n_feats=8),
+    'arch': dict(arch='lenetpp'), 'a function as arch': dict(arch=wide(8)), 'another function of its name': dict(arch=wide(16)), 'a partial': dict(arch=functools.partial(small_body, width=8)),
+    'another partial': dict(arch=functools.partial(small_body, width=16)), 'n_train': dict(n_train=120), 'valid_pct': dict(valid_pct=.3), 'size': dict(size=16), 'channels': dict(channels=3),
+    'augmentation': dict(pad=1), 'flip': dict(flip=True), 'stats': dict(stats=([.5],[.9])),
+    'a callback': dict(cbs=lambda loss: Own(1)), 'its attribute': dict(cbs=lambda loss: Own(2)), 'a tuple as attribute': dict(cbs=lambda loss: Own((1,2))), 'another tuple': dict(cbs=lambda loss: Own((1,3))),
+    'nested attribute': dict(cbs=lambda loss: Own([{'a': torch.zeros(2)}])), 'other nested attribute': dict(cbs=lambda loss: Own([{'a': torch.ones(2)}])),
+    **{f'images: {f.__name__}': dict(data=functools.partial(pixels, f)) for f in (noise, one_pixel, shifted, rolled, mirrored, transposed, label)}}
+
+def done(tmp, change, **more):
+    "Lines of results after a comparison"
+    args = {**base, **change, **more}
+    if callable(args['data']): args = {k: v for k,v in args.items() if k != 'n_train'} | dict(data=args['data']())
+    compare(out=tmp, **args)
+    return len((tmp/'results.jsonl').read_text().splitlines())
+
+@pytest.fixture(scope='module')
+def keys(tmp_path_factory):
+    "All changes in one folder: how many results there are after each, and after each once more"
+    tmp, counts = tmp_path_factory.mktemp('keys'), {}
+    instant = runs.run_loss
+    def fake(loss, dls, **kwargs): # The key is made before the run; the run itself is not needed
+        e = dict(accuracy=.5, train_loss=1., valid_loss=1.)
+        return dict(valid=e, test=dict(accuracy=.5), epochs=[e]*kwargs['epochs'], seconds=1., lr=1., trouble=None, parameters=1), None
+    import discloss.compare
+    module = sys.modules['discloss.compare']
+    real, module.run_loss = module.run_loss, fake
+    try:
+        before = done(tmp, {})
+        for part,change in parts.items():
+            after = done(tmp, change)
+            counts[part] = after-before, done(tmp, change)-after
+            before = after
+        counts['nothing'] = 1, done(tmp, {})-before
+    finally: module.run_loss = real
+    return counts
+
+@pytest.mark.parametrize('part', [*parts, 'nothing'])
+def test_key(part, keys):
+    new, again = keys[part]
+    assert new == 1, f'{part} is not in the key'
+    assert again == 0, f'with the same {part} the run was done again'
+
+def test_key_holds_the_version(tmp_path):
+    import discloss.compare
+    module = sys.modules['discloss.compare']
+    compare('crossentropy', out=tmp_path, **quick)
+    old, module.__version__ = module.__version__, '99'
+    try: cmp = compare('crossentropy', out=tmp_path, **quick)
+    finally: module.__version__ = old
+    assert len(read_results(tmp_path/'results.jsonl')) == 2
+
+def test_what_cannot_be_described_is_never_reused(tmp_path):
+    for n in 1,2:
+        compare('crossentropy', out=tmp_path, cbs=lambda loss: Own(i for i in 'ab'), **quick)
+        assert len(read_results(tmp_path/'results.jsonl')) == n
+
+def test_another_process_finds_the_same_key(tmp_path, run):
+    code = f"""
+from functools import partial
+from discloss.bodies import small_body
+from discloss.compare import compare
+compare('center', arch=partial(small_body, width=8), n_train=128, epochs=1, seeds=1, show=False, out={str(tmp_path)!r})"""
+    run(code), run(code)
+    assert len((tmp_path/'results.jsonl').read_text().splitlines()) == 1
+
+# ---- the store
+
+def test_two_processes_share_the_work(tmp_path):
+    "Each run is done once, and both end with the same table"
+    args = [str(Path(sys.executable).parent/'discloss_compare'), '--epochs', '2', '--seeds', '3', '--n-train', '200', '--out', 'o']
+    procs = [subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [p.communicate(timeout=300) for p in procs]
+    assert [p.returncode for p in procs] == [0,0,0], [e for _,e in said]
+    rows = [json.loads(l) for l in (tmp_path/'o'/'results.jsonl').read_text().splitlines()]
+    assert len(rows) == 9 and len({r['key'] for r in rows}) == 9
+    tables = {next(l for l in out.splitlines() if l.startswith('center ')) for out,_ in said}
+    assert len(tables) == 1
+    assert sorted(p.suffix for p in (tmp_path/'o'/'runs').iterdir()) == ['.npz']*9 and not list((tmp_path/'o').glob('*part*'))
+
+def test_lines_that_are_no_results_are_named(tmp_path, capsys):
+    args = dict(losses='crossentropy', out=tmp_path, **{**quick, 'show': True})
+    compare(**args)
+    row = json.loads((tmp_path/'results.jsonl').read_text())
+    (tmp_path/'results.jsonl').write_text(json.dumps({**row, 'test': {}}) + '\nnonsense\n')
+    capsys.readouterr()
+    compare(**args)
+    said = capsys.readouterr().out
+    assert f"{tmp_path/'results.jsonl'}, line 1: test has no accuracy" in said and 'line 2: no result' in said
+
+@pytest.mark.parametrize('line', [b'x'*99+b'\n', b'{"key": 1, "value": [1, 2, 3]}\n', b'9'*(2**20), b'{"key": "', b'[[[[[[[[[[', b'{"key": {' ], ids=['lines', 'objects', 'digits', 'no end', 'brackets', 'nested'])
+def test_garbage_is_passed_over_quickly(line, tmp_path):
+    file = tmp_path/'results.jsonl'
+    with open(file, 'wb') as f:
+        for _ in range(20): f.write(line*(10**6//len(line)))
+    append_result(file, dict(key='a'))
+    start, bad = time.process_time(), []
+    assert list(read_results(file, bad=bad)) == ['a'] and bad
+    assert time.process_time()-start < 5 # 20 MB
+
+def test_nothing_of_an_earlier_comparison_is_overwritten(tmp_path, run):
+    code = "from discloss.command import main\nmain([{}'--epochs', '1', '--seeds', '1', '--n-train', '128', '--out', 'o'])"
+    run(code.format("'--losses', 'crossentropy', "), cwd=tmp_path)
+    first = {p: p.read_bytes() for p in (tmp_path/'o').iterdir() if p.is_file() and p.name != 'results.jsonl'}
+    run(code.format(''), cwd=tmp_path)
+    assert first and all(p.read_bytes() == b for p,b in first.items()) and (tmp_path/'o'/'comparison-2'/'table.md').is_file()
+    run(code.format(''), cwd=tmp_path)
+    assert not (tmp_path/'o'/'comparison-3').exists()
+    assert load_comparison(tmp_path/'o').labels == ['crossentropy'] and len(load_comparison(tmp_path/'o'/'comparison-2').labels) == 3
+
+# ---- threads
+
+def test_small_networks_get_one_thread(monkeypatch, spied):
+    assert choose_threads(3e7, 8) == 1 and choose_threads(1e11, 8) == 8
+    before = torch.get_num_threads()
+    with threads(1): assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
