@@ -12,17 +12,14 @@ from PIL import Image
 from test_matrix import loaders, silent, state, tiny
 
 from discloss.bodies import small_body
+from discloss.callbacks import PODSchedule
 from discloss.compare import compare
 from discloss.comparison import save_outputs
 from discloss.contract import check_loss
 from discloss.core import with_head
 from discloss.data import image_dls, load_arrays, to_pixels
-<<<<<<< HEAD
 from discloss.geometry import Geometry, GeometryCallback, get_features
-=======
 from discloss.learner import disc_learner
-from discloss.geometry import GeometryCallback, geometry, get_features
->>>>>>> 0f9100c (Compare's five jobs in rooms of their own: specs, runs, store, comparison, command)
 from discloss.losses.cc import CCLoss, class_balanced
 from discloss.losses.center import CenterLoss, center_loss
 from discloss.losses.cosface import CosFaceLoss
@@ -30,7 +27,7 @@ from discloss.losses.cross_entropy import CrossEntropy
 from discloss.losses.gsoftmax import gsoftmax_loss
 from discloss.losses.ldmat import LDMATLoss
 from discloss.losses.pedcc import PEDCCLoss, simplex
-from discloss.losses.pod import PODLoss, PODSchedule
+from discloss.losses.pod import PODLoss
 from discloss.losses.sigma2r import Sigma2RLoss
 from discloss.losses.so_softmax import SOSoftmaxLoss
 from discloss.pruning import _save
