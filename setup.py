@@ -23,6 +23,7 @@ setup(
                 + [f'Programming Language :: Python :: {v}' for v in ('3.10', '3.11', '3.12', '3.13')],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=['discloss', 'discloss.*']),
+    package_data={'discloss': ['py.typed']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require={'dev': shlex.split(cfg['dev_requirements'])},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']), 'nbdev': ['discloss=discloss._modidx:d']},
