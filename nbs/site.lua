@@ -27,10 +27,10 @@ local function local_link(link)
   local site = address['site-url']
   if not site then return end
   local _, top = page_path()
-  if link.target:sub(1, #site + 1) == site .. '/' then
-    link.target = top .. link.target:sub(#site + 2)
-    return link
-  end
+  if link.target:sub(1, #site + 1) ~= site .. '/' then return end
+  if link.target:match('#_') then return link.content end -- a private name has no place on its page
+  link.target = top .. link.target:sub(#site + 2)
+  return link
 end
 
 -- `nn.Linear`, `F.normalize`, `torch.cdist` lead to PyTorch's pages
@@ -149,12 +149,14 @@ local function fold_drawing(cell)
   end
 end
 
--- A full stop or comma stays on the line of the formula before it
+-- A full stop or comma stays on the line of the formula before it; a long formula may scroll on a phone
 local function keep_together(inlines)
-  for i = #inlines - 1, 1, -1 do
+  for i = #inlines, 1, -1 do
     local math, after = inlines[i], inlines[i+1]
     local inline = math.t == 'Math' and math.mathtype == 'InlineMath'
-    if inline and after.t == 'Str' and after.text:match('^[%.,;:%)%?!]') then
+    local long = inline and #math.text > 24
+    if long then inlines[i] = pandoc.Span({math}, {class = 'long-math'}) end
+    if inline and not long and after and after.t == 'Str' and after.text:match('^[%.,;:%)%?!]') then
       inlines[i] = pandoc.Span({math, after}, {class = 'nowrap'})
       inlines:remove(i + 1)
     end
@@ -185,26 +187,28 @@ local function drop_scripts(meta)
   end)
 end
 
-function Pandoc(doc)
-  drop_scripts(doc.meta)
-  local blocks = one_listing(doc.blocks)
-  -- The quotation under the title describes the page
-  for i, b in ipairs(blocks) do
+-- The quotation under the title describes the page
+local function describe(doc)
+  for i, b in ipairs(doc.blocks) do
     if b.t == 'BlockQuote' and i < 4 then
       doc.meta.description = doc.meta.description or b.content
       doc.meta['description-meta'] = doc.meta['description-meta'] or stringify(b)
-      blocks:remove(i)
-      break
+      doc.blocks:remove(i)
+      return
     end
   end
-  local links = notebook_links()
-  if links then blocks:insert(1, links) end
-  doc.blocks = blocks:walk({
+end
+
+function Pandoc(doc)
+  drop_scripts(doc.meta)
+  doc.blocks = one_listing(doc.blocks):walk({
     traverse = 'topdown',
     Header = function(h) return h:walk({Link = local_link}), false end,
     Link = function(l) return local_link(l) or l, false end,
     Code = function(c) return torch_link(c), false end,
-  })
-  doc.blocks = doc.blocks:walk({Inlines = keep_together, Div = fold_drawing})
+  }):walk({Inlines = keep_together, Div = fold_drawing})
+  describe(doc)
+  local links = notebook_links()
+  if links then doc.blocks:insert(1, links) end
   return doc
 end

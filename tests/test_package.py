@@ -29,7 +29,8 @@ for m in pkgutil.walk_packages(discloss.__path__, 'discloss.'): importlib.import
 print(discloss.__file__)
 """, env={'PYTHONPATH': ''}, python=tmp_path/'env'/'bin'/'python').split()
     assert Path(modules.pop()).is_relative_to(clean)
-    wanted = {f.removesuffix('.py').replace('/', '.') for f in files if f.startswith('discloss/') and not f.endswith('__init__.py')} | {'discloss.losses'}
+    assert (clean/'discloss'/'py.typed').is_file()
+    wanted = {f.removesuffix('.py').replace('/', '.') for f in files if f.endswith('.py') and f.startswith('discloss/') and not f.endswith('__init__.py')} | {'discloss.losses'}
     assert set(modules) == wanted
 
 @pytest.mark.timeout(600)
@@ -73,13 +74,6 @@ def test_readme_is_that_of_the_index():
     assert (root/'README.md').read_text(encoding='utf-8') == text, 'README.md is not that of nbs/index.ipynb: run .ci/readme.py'
     assert {f.name: f.read_bytes() for f in (root/'index_files').iterdir()} == {Path(k).name: v for k,v in figures.items()}
     for link in re.findall(r'\]\((?!https?:)([^)]+)\)', text): assert (root/link).exists(), link
-
-def test_docs_configuration():
-    link = root/'nbs'/'_quarto.yml'
-    assert link.is_symlink() and link.resolve() == root/'_quarto.yml'
-    text = link.read_text()
-    assert 'metadata-files: [nbdev.yml, sidebar.yml]' in text and 'keep-md: true' in text and 'commonmark: default' in text
-    for css in re.findall(r'css: (\S+)', text): assert (root/'nbs'/css).is_file()
 
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not set(p.parts) & {'.ipynb_checkpoints', '_proc'})
 

@@ -1,0 +1,326 @@
+"The pages: checks of the notebooks that need no browser, and of the rendered site in a browser (-m site)."
+import ast, functools, http.server, json, os, re, shutil, subprocess, sys, threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import nbformat
+import pytest
+import yaml
+from conftest import root
+
+nbs = root/'nbs'
+skipped = {'.ipynb_checkpoints', '_proc'}
+notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not set(p.parts) & skipped)
+def page_id(path): return str(path.relative_to(nbs))
+each_notebook = pytest.mark.parametrize('path', notebooks, ids=page_id)
+
+# Pages whose cells are being rewritten: what is left of the old text may fail. The list only gets shorter.
+old_pages = set("""
+00_core.ipynb 01_heads.ipynb 02_bodies.ipynb 03_data.ipynb 04_geometry.ipynb 05_plot.ipynb
+06_contract.ipynb 07_compare.ipynb 08_learner.ipynb 09_statistics.ipynb 22_callbacks.ipynb
+99_all.ipynb index.ipynb losses/00_cross_entropy.ipynb losses/10_center.ipynb
+losses/20_sigma2r.ipynb losses/30_ldmat.ipynb losses/40_pedcc.ipynb losses/41_pod.ipynb
+losses/42_lgm.ipynb losses/50_gsoftmax.ipynb losses/51_so_softmax.ipynb losses/52_normface.ipynb
+losses/53_cosface.ipynb losses/54_arcface.ipynb losses/55_circle.ipynb losses/60_cc.ipynb
+losses/61_soft_nn.ipynb losses/70_crl.ipynb losses/71_em_softmax.ipynb pruning/60_cpli.ipynb
+studies/10_all_losses.ipynb studies/70_robustness.ipynb studies/80_speed.ipynb
+""".split())
+old = pytest.mark.xfail(reason='not rewritten yet', strict=False)
+each_new_page = pytest.mark.parametrize('path', [
+    pytest.param(p, marks=old if page_id(p) in old_pages else ()) for p in notebooks], ids=page_id)
+
+@functools.lru_cache(None)
+def cells(path, kind):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+
+def directives(cell): return set(re.findall(r'^#\|\s*([\w-]+)', cell.source, flags=re.M))
+
+# ---------------------------------------------------------------- the configuration
+
+def test_configuration():
+    link = nbs/'_quarto.yml'
+    assert link.is_symlink() and link.resolve() == root/'_quarto.yml'
+    config = yaml.safe_load(link.read_text(encoding='utf-8'))
+    assert config['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
+    html = config['format']['html']
+    files = [html['css'], config['website']['favicon'], *html['filters'], html['theme']['light'][1]]
+    for f in files: assert (nbs/f).is_file(), f
+    assert list(config['format']) == ['html'], 'one format: a page has no copies'
+
+def test_one_version():
+    import discloss
+    version = discloss.__version__
+    footer = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['page-footer']['left']
+    citation = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    changes = re.search(r'^## ([\d.]+)', (root/'CHANGELOG.md').read_text(encoding='utf-8'), flags=re.M)
+    assert footer.startswith(f'discloss {version},')
+    assert citation['version'] == version
+    assert changes[1] == version
+
+def sidebar(part=None):
+    "All pages that the sidebar lists"
+    if part is None:
+        file = (nbs/'sidebar.yml').read_text(encoding='utf-8')
+        part = yaml.safe_load(file)['website']['sidebar']['contents']
+    for item in part:
+        if isinstance(item, str): yield item
+        elif 'contents' in item: yield from sidebar(item['contents'])
+        else: yield item['href']
+
+def test_sidebar_lists_each_page_once():
+    listed = list(sidebar())
+    pages = {p.relative_to(nbs).as_posix() for p in notebooks} - {'99_all.ipynb'}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == pages, 'nbs/sidebar.yml has one line for each page'
+
+# ---------------------------------------------------------------- the notebooks
+
+link_text = re.compile(r'\[([^\[\]]*)\]\(([^)\s]+)\)')
+
+@each_notebook
+def test_links(path):
+    "No backticks in a link's text, where nbdev would link a name twice; files and headings exist"
+    for cell in cells(path, 'markdown'):
+        text = re.sub(r'^```.*?^```|\$[^$]+\$', '', cell.source, flags=re.M | re.S)
+        for words, target in link_text.findall(text):
+            assert '`' not in words, f'[{words}]: no backticks in the text of a link'
+            if target.startswith(('http:', 'https:', '#', 'mailto:')): continue
+            assert (path.parent/urldefrag(target)[0]).exists(), target
+
+@each_new_page
+def test_pictures_have_words(path):
+    for cell in cells(path, 'markdown'):
+        assert not re.search(r'!\[\s*\]\(', cell.source), 'a picture without alternative text'
+    for cell in cells(path, 'code'):
+        shows = any('image/png' in o.get('data', {}) for o in cell.outputs)
+        if shows and 'hide' not in directives(cell):
+            assert 'fig-alt' in directives(cell), f'a figure without fig-alt:\n{cell.source[:200]}'
+
+@each_new_page
+def test_lines_fit(path):
+    "A page shows 88 characters; 100 is the most"
+    for cell in cells(path, 'code'):
+        if 'hide' in directives(cell): continue
+        for line in cell.source.splitlines(): assert len(line) <= 100, line
+
+silent = {'test_eq', 'test_ne', 'test_close', 'test_fail', 'test_is', 'test', 'test_shuffled', 'nbdev_export'}
+no_output = {'hide', 'export', 'exporti', 'exports', 'default_exp'}
+
+def shows_nothing(cell):
+    "A shown cell that ends in a value, and has no output"
+    if cell.outputs or directives(cell) & no_output or cell.source.rstrip().endswith(';'): return False
+    body = ast.parse(re.sub(r'^[!%].*', '', cell.source, flags=re.M)).body
+    if not body or not isinstance(body[-1], ast.Expr): return False
+    value = body[-1].value
+    name = value.func.attr if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else ''
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name): name = value.func.id
+    return name not in silent and not name.endswith('_') and not name.startswith(('set', 'assert'))
+
+@each_new_page
+def test_cells_have_their_output(path):
+    for cell in cells(path, 'code'): assert not shows_nothing(cell), cell.source[-300:]
+
+# ---------------------------------------------------------------- the site
+
+class Page(HTMLParser):
+    "The links, anchors and pictures of a page"
+    def __init__(self, file):
+        super().__init__()
+        self.links, self.ids, self.pictures = [], set(), []
+        self.feed(file.read_text(encoding='utf-8'))
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if 'id' in attrs: self.ids.add(attrs['id'])
+        if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
+        if tag == 'img': self.pictures.append(attrs)
+
+def git(*args, cwd): return subprocess.run(['git', *args], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+def render_with_nbconvert(tree, out):
+    "Where Quarto is absent: the notebooks as nbdev processes them, by nbconvert"
+    code = 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'
+    subprocess.run([sys.executable, '-c', code], cwd=tree, env=environment(tree), check=True)
+    from nbconvert import HTMLExporter
+    for path in sorted((tree/'_proc').rglob('*.ipynb')):
+        name = re.sub(r'^\d+_', '', path.stem) + '.html'
+        file = out/path.relative_to(tree/'_proc').parent/name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(HTMLExporter().from_filename(path)[0], encoding='utf-8')
+
+def environment(tree): return {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONWARNINGS': 'ignore'}
+
+quarto = shutil.which('quarto') is not None
+rendered = pytest.mark.skipif(not quarto, reason='needs Quarto on the path')
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The site: that in DISCLOSS_SITE, or built from a copy of what git knows, which the build must leave as it was"
+    if 'DISCLOSS_SITE' in os.environ: return Path(os.environ['DISCLOSS_SITE']).resolve()
+    tree = tmp_path_factory.mktemp('tree')
+    for name in git('ls-files', '-co', '--exclude-standard', cwd=root).splitlines():
+        if not os.path.lexists(root/name): continue
+        (tree/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/name, tree/name, follow_symlinks=False)
+    git('init', '-q', cwd=tree)
+    git('add', '-A', cwd=tree)
+    if not quarto:
+        render_with_nbconvert(tree, tree/'_docs')
+        return tree/'_docs'
+    command = [str(Path(sys.executable).with_name('nbdev_docs')), '--n_workers', '2']
+    res = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True)
+    assert res.returncode == 0, (res.stdout + res.stderr)[-3000:]
+    changed = git('status', '--porcelain', '--untracked-files=all', cwd=tree).splitlines()
+    assert not [l for l in changed if l[1] != ' '], 'building the docs changes the checkout'
+    return tree/'_docs'
+
+@pytest.fixture(scope='session')
+def pages(site):
+    res = {f.relative_to(site).as_posix(): Page(f) for f in sorted(site.rglob('*.html'))}
+    assert len(res) > 25
+    return res
+
+def html_of(nb): return Path(nb).with_name(re.sub(r'^\d+_', '', Path(nb).stem) + '.html').as_posix()
+
+@pytest.mark.site
+def test_a_page_for_each_notebook(pages):
+    for nb in sidebar(): assert html_of(nb) in pages, nb
+
+@pytest.mark.site
+@rendered
+def test_no_dead_links(site, pages):
+    for name, page in pages.items():
+        here = Path(name).parent
+        for link in page.links:
+            if re.match(r'[a-z]+:', link): continue
+            target, anchor = urldefrag(link)
+            file = os.path.normpath(here/unquote(target)) if target else name
+            if file == '.': file = 'index.html'
+            assert (site/file).exists(), f'{name}: {link}'
+            if anchor and file in pages: assert unquote(anchor) in pages[file].ids, f'{name}: {link}'
+
+@pytest.mark.site
+@rendered
+def test_links_lead_out(pages):
+    "To fast.ai, PyTorch and GitHub, and to no page of this site by its full address"
+    links = {l for page in pages.values() for l in page.links}
+    for host in ('https://docs.fast.ai/', 'https://docs.pytorch.org/', 'https://github.com/'):
+        assert any(l.startswith(host) for l in links), host
+    assert not [l for l in links if l.startswith('https://discloss.github.io/')]
+
+@pytest.fixture(scope='session')
+def browser():
+    webdriver = pytest.importorskip('selenium.webdriver')
+    names = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+    binary = next(filter(None, map(shutil.which, names)), None)
+    driver = shutil.which('chromedriver')
+    if not binary or not driver: pytest.skip('needs Chromium and chromedriver on the path')
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for a in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--hide-scrollbars'):
+        options.add_argument(a)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    res = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield res
+    res.quit()
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='session')
+def address(site):
+    "The site on a port of this machine"
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/'
+    server.shutdown()
+
+def show(browser, url, width=1400, dark=False):
+    "Open a page on a screen of this width, in light or dark"
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+    scheme = [dict(name='prefers-color-scheme', value='dark' if dark else 'light')]
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=scheme))
+    mode = 'alternate' if dark else 'default'
+    script = f"try {{ localStorage.setItem('quarto-color-scheme', '{mode}') }} catch (e) {{}}"
+    old = getattr(browser, 'before_load', None)
+    if old: browser.execute_cdp_cmd('Page.removeScriptToEvaluateOnNewDocument', dict(identifier=old))
+    new = browser.execute_cdp_cmd('Page.addScriptToEvaluateOnNewDocument', dict(source=script))
+    browser.before_load = new['identifier']
+    browser.get_log('browser')
+    browser.get(url)
+    browser.execute_async_script('const done = arguments[0]; document.fonts.ready.then(() => setTimeout(done, 50))')
+
+look = """
+const luminance = c => { // Of an rgb() colour, between 0 and 1; null where it is transparent
+  const v = c.match(/[\\d.]+/g).map(Number);
+  if (v.length > 3 && v[3] < 0.5) return null;
+  return (0.2126*v[0] + 0.7152*v[1] + 0.0722*v[2]) / 255;
+};
+const seen = e => e.offsetParent !== null;
+const all = q => [...document.querySelectorAll(q)];
+const text = document.querySelector('main').cloneNode(true);
+text.querySelectorAll('pre, code, script, style').forEach(e => e.replaceWith('`'));
+const resources = performance.getEntriesByType('resource').map(r => r.name);
+return {
+  width: document.documentElement.scrollWidth,
+  marks: (text.textContent.match(/.{0,30}(\\[\\[|\\[`|\\]\\(https?:).{0,40}/g) || []),
+  cut: all('div.sourceCode, pre.sourceCode, pre > code.sourceCode').filter(e => seen(e) && e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).display !== 'inline').map(e => e.textContent.slice(0, 80)),
+  wide: all('main p, main table, main pre, main img, main svg, main canvas, main h1, main h2, main h3').filter(e =>
+    seen(e) && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('table, pre, details:not([open])'))
+    .map(e => e.tagName + ' ' + e.textContent.slice(0, 60)),
+  wordless: all('main img').filter(e => !(e.alt || '').trim()).map(e => e.src.slice(-60)),
+  missing: all('main img').filter(e => seen(e) && e.complete && !e.naturalWidth).map(e => e.src.slice(-60)),
+  foreign: resources.filter(r => !r.startsWith(location.origin)),
+  ground: luminance(getComputedStyle(document.body).backgroundColor),
+  pills: all('p code, li code').filter(seen).slice(0, 40)
+    .map(e => luminance(getComputedStyle(e).backgroundColor)).filter(l => l !== null),
+  words: all('main p, main li').filter(seen).slice(0, 40).map(e => luminance(getComputedStyle(e).color)),
+};
+"""
+
+def faults(seen, width, dark, log):
+    "What is wrong with a page, by what a browser saw"
+    res = {k: seen[k] for k in ('marks', 'cut', 'wide', 'missing', 'wordless', 'foreign') if seen[k]}
+    if seen['width'] > width: res['page'] = f'{seen["width"]} pixels wide on a screen of {width}'
+    if (seen['ground'] < 0.5) != dark: res['ground'] = seen['ground']
+    pale = [l for l in seen['words'] if abs(l - seen['ground']) < 0.4]
+    if pale: res['pale words'] = pale
+    pills = [l for l in seen['pills'] if abs(l - seen['ground']) > 0.35]
+    if pills: res['pills'] = pills
+    errors = [l['message'] for l in log if l['level'] == 'SEVERE' and 'favicon.ico' not in l['message']]
+    if errors: res['console'] = errors
+    return res
+
+bad_page = """<!DOCTYPE html><html><body style="background: white; width: 2000px"><main>
+<p style="color: #eee">[[`Loss`](https://a.b) pale and bracketed <code style="background: #111">pill</code></p>
+<table style="width: 1900px"><tr><td>wide</td></tr></table>
+<pre style="width: 90px"><code class="sourceCode" style="display: block; overflow: auto">cut = 'a long line that is cut'</code></pre>
+<img src="absent.png"></main><script>throw new Error('broken')</script></body></html>"""
+
+@pytest.mark.site
+def test_faults_are_seen(browser, tmp_path):
+    "A page with every fault: each is found"
+    (tmp_path/'bad.html').write_text(bad_page)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    show(browser, f'http://127.0.0.1:{server.server_port}/bad.html')
+    found = faults(browser.execute_script(look), 1400, False, browser.get_log('browser'))
+    server.shutdown()
+    wanted = {'marks', 'cut', 'wide', 'missing', 'wordless', 'page', 'pale words', 'pills', 'console'}
+    assert set(found) == wanted
+
+@pytest.mark.site
+@rendered
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+@pytest.mark.parametrize('width', [1400, 390])
+def test_pages_in_a_browser(browser, address, pages, width, dark):
+    bad = {}
+    for name in pages:
+        show(browser, address + name, width, dark)
+        found = faults(browser.execute_script(look), width, dark, browser.get_log('browser'))
+        if name in map(html_of, old_pages): found.pop('wordless', None)
+        if found: bad[name] = found
+    assert not bad, json.dumps(bad, indent=1)[:5000]
