@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .core import check_inputs
 
-# %% ../nbs/05_plot.ipynb #81caac7d
+# %% ../nbs/05_plot.ipynb #9ff99624
 ink = '#7f7f7f' # Text and axes
 
 _rc = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor': 'none', 'font.size': 9,
@@ -35,7 +35,7 @@ _rc = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor'
        'text.color': ink, 'axes.labelcolor': ink, 'axes.edgecolor': ink, 'axes.titlesize': 10,
        'axes.titleweight': 'bold', 'xtick.color': ink, 'ytick.color': ink, 'axes.spines.top': False,
        'axes.spines.right': False, 'axes.formatter.useoffset': False, 'legend.frameon': False,
-       'grid.color': ink, 'grid.alpha': 0.25, 'text.parse_math': False} # A class name may hold a $
+       'grid.color': ink, 'grid.alpha': 0.25}
 
 class Picture(Figure):
     "A figure that shows itself with two pixels a point on a transparent ground"
@@ -44,6 +44,8 @@ class Picture(Figure):
         for leg in self.findobj(Legend): leg.set_frame_on(False)
         for t in self.findobj(Text):
             if str(t.get_color()) == 'black': t.set_color(ink)
+            # a class name may hold a $; only numbers at the axes are formulas
+            t.set_parse_math('mathdefault' in t.get_text() or not t.get_text())
         super().draw(renderer)
 
     def png(self) -> bytes:
