@@ -17,10 +17,10 @@ from discloss.compare import compare
 from discloss.comparison import save_outputs
 from discloss.contract import check_loss
 from discloss.core import with_head
-from discloss.data import image_dls, load_arrays, to_pixels
-from discloss.geometry import Geometry, GeometryCallback, get_features
+from discloss.data import class_balanced, image_dls, load_arrays, to_pixels
 from discloss.learner import disc_learner
-from discloss.losses.cc import CCLoss, class_balanced
+from discloss.geometry import Geometry, GeometryCallback, get_features
+from discloss.losses.cc import CCLoss
 from discloss.losses.center import CenterLoss, center_loss
 from discloss.losses.cosface import CosFaceLoss
 from discloss.losses.cross_entropy import CrossEntropy
@@ -54,26 +54,26 @@ class Made:
         torch.manual_seed(0)
         self.loss, self.head, self.x, self.y = loss, loss.head(n_in, n_out).train(), torch.randn(n, n_in), torch.arange(n) % n_out
     @property
-    def out(self):
-        out = self.head(self.x)
-        return out if isinstance(out, tuple) else (out,)
-    def with_logits(self, f):
-        logits, *extras = self.out
-        return f(logits), *extras
+    def out(self): return self.head(self.x)
+    @property
+    def logits(self): return self.out['logits']
+    def with_logits(self, f): return {**self.out, 'logits': f(self.logits)}
+
+def needs(loss): return {k for k,required in loss._loss_takes.items() if required}
 
 batches = { # Name -> (what the loss gets, what the message says)
     'label too large':            (lambda m: (m.out, m.y+1), (f'in 0..{n_out-1}', 'got 5')),
     'label negative':             (lambda m: (m.out, m.y-1), (f'in 0..{n_out-1}', 'got -1')),
     'ignore_index -100':          (lambda m: (m.out, torch.where(m.y == 0, -100, m.y)), ('got -100',)),
-    'targets of shape (n, 1)':    (lambda m: (m.out, m.y[:,None]), ('shape (20,)', '(20, 1)')),
-    'targets without dimension':  (lambda m: (m.out, m.y[0]), ('shape (20,)', 'got ()')),
-    'too few targets':            (lambda m: (m.out, m.y[:-1]), ('shape (20,)', '(19,)')),
-    'too many targets':           (lambda m: (m.out, torch.cat([m.y, m.y])), ('shape (20,)', '(40,)')),
+    'targets of shape (n, 1)':    (lambda m: (m.out, m.y[:,None]), ('shape', '(20, 1)')),
+    'targets without dimension':  (lambda m: (m.out, m.y[0]), ('shape', 'got ()')),
+    'too few targets':            (lambda m: (m.out, m.y[:-1]), ('19 targets', '(20, 5)')),
+    'too many targets':           (lambda m: (m.out, torch.cat([m.y, m.y])), ('40 targets', '(20, 5)')),
     'float targets':              (lambda m: (m.out, m.y.float()), ('integer dtype', 'torch.float32')),
     'bool targets':               (lambda m: (m.out, m.y > 2), ('integer dtype', 'torch.bool')),
     'complex targets':            (lambda m: (m.out, m.y + 0j), ('integer dtype', 'complex')),
-    'one-hot targets':            (lambda m: (m.out, F.one_hot(m.y)), ('shape (20,)', '(20, 5)')),
-    'soft targets':               (lambda m: (m.out, F.one_hot(m.y)*0.9 + 0.02), ('soft labels', 'CrossEntropy(label_smoothing=0.1)')),
+    'one-hot targets':            (lambda m: (m.out, F.one_hot(m.y)), ('(20, 5)',)),
+    'soft targets':               (lambda m: (m.out, F.one_hot(m.y)*0.9 + 0.02), ('MixUp', 'several labels', 'CrossEntropy(label_smoothing=0.1)')),
     'targets are a list':         (lambda m: (m.out, m.y.tolist()), ('tensor of class indices', 'list')),
     'targets are an array':       (lambda m: (m.out, m.y.numpy()), ('tensor of class indices', 'ndarray')),
     'targets are None':           (lambda m: (m.out, None), ('tensor of class indices', 'NoneType')),
@@ -82,17 +82,17 @@ batches = { # Name -> (what the loss gets, what the message says)
     'one infinite logit':         (lambda m: (m.with_logits(lambda o: o.masked_fill(F.one_hot(torch.zeros(n, dtype=torch.long), n_out).bool() & (torch.arange(n) == 3)[:,None], math.inf)), m.y), ('finite', '1 of 100')),
     'logits of integers':         (lambda m: (m.with_logits(torch.Tensor.long), m.y), ('floating point', 'torch.int64')),
     'complex logits':             (lambda m: (m.with_logits(lambda o: o + 0j), m.y), ('floating point', 'complex')),
-    'logits of one image':        (lambda m: (m.with_logits(lambda o: o[0]), m.y), ('shape (batch, n)', '(5,)')),
-    'logits for each pixel':      (lambda m: (m.with_logits(lambda o: o[:,:,None,None].expand(-1,-1,4,4)), m.y), ('shape (batch, n)', '(20, 5, 4, 4)')),
+    'logits of one image':        (lambda m: (m.with_logits(lambda o: o[0]), m.y), ('shape (20, classes)', '(5,)')),
+    'logits for each pixel':      (lambda m: (m.with_logits(lambda o: o[:,:,None,None].expand(-1,-1,4,4)), m.y), ('shape (20, classes)', '(20, 5, 4, 4)')),
     'logits of one class':        (lambda m: (m.with_logits(lambda o: o[:,:1]), m.y*0), ('two at least', '(20, 1)')),
     'empty batch':                (lambda m: (m.head(m.x[:0]), m.y[:0]), ('batch is empty',)),
     'predictions are None':       (lambda m: (None, m.y), ('logits', 'NoneType')),
     'predictions are an empty tuple': (lambda m: ((), m.y), ('logits', 'tuple')),
-    'predictions are a dict':     (lambda m: (dict(logits=m.out[0]), m.y), ('logits', 'dict')),
-    'predictions are an array':   (lambda m: (m.out[0].detach().numpy(), m.y), ('logits', 'ndarray')),
+    'two outputs':                (lambda m: ((m.logits, m.logits), m.y), ('tuple of 2 outputs', 'auxiliary')),
+    'a dict without what is needed': (lambda m: (dict(pixels=m.x), m.y), ('with_head', "'pixels'")),
+    'predictions are an array':   (lambda m: (m.logits.detach().numpy(), m.y), ('logits', 'ndarray')),
     'NaN features':               (lambda m: (m.head(m.x*math.nan), m.y), ('finite',)),
-    'an output too many':         (lambda m: ((*m.out, m.x, m.x, m.x, m.x, m.x), m.y), ('with_head', 'more output')),
-    'bare logits in training':    (lambda m: (m.out[0], m.y), ('with_head', 'bare logits')),
+    'bare logits in training':    (lambda m: (m.logits, m.y), ('with_head', "the model gave 'logits'")),
 }
 
 @pytest.mark.parametrize('case', batches)
@@ -101,7 +101,7 @@ def test_batch(case, record_property):
     tried = 0
     for name, cls in all_losses().items():
         m = Made(cls())
-        if case == 'bare logits in training' and not m.loss.extras: continue
+        if case == 'bare logits in training' and needs(m.loss) <= {'logits'}: continue
         before = state(m.head)
         try: said = refusal(lambda: m.loss(*make(m)), *says)
         except BaseException as e: raise AssertionError(f'{name}: {e}') from e
@@ -116,7 +116,7 @@ def test_head_of_another_loss(record_property):
     made, said, tried = {k: Made(cls()) for k,cls in all_losses().items()}, None, 0
     for a,ma in made.items():
         for b,mb in made.items():
-            if ma.loss.extras == mb.loss.extras: continue
+            if needs(ma.loss) <= set(mb.out): continue
             before = state(mb.head)
             try: said = refusal(lambda: ma.loss(mb.head(mb.x), mb.y), type(ma.loss).__name__, 'with_head')
             except BaseException as e: raise AssertionError(f'{a} with the head of {b}: {e}') from e
@@ -146,13 +146,13 @@ hparams = { # Name -> (the call, what the message says)
     'negative weight':      (lambda: CenterLoss(lam=-1), ('lam', 'at least 0', '-1')),
     'weight of NaN':        (lambda: CenterLoss(lam=math.nan), ('lam', 'at least 0', 'nan')),
     'alpha of 2':           (lambda: CenterLoss(alpha=2), ('alpha', '[0, 1]', '2')),
-    'negative scale':       (lambda: CosFaceLoss(scale=-30.), ('scale', 'positive', '-30')),
-    'scale of zero':        (lambda: PEDCCLoss(scale=0), ('scale', 'positive', '0')),
+    'negative scale':       (lambda: CosFaceLoss(scale=-30.), ('scale', 'above 0', '-30')),
+    'scale of zero':        (lambda: PEDCCLoss(scale=0), ('scale', 'above 0', '0')),
     'negative margin':      (lambda: PEDCCLoss(margin=-0.1), ('margin', 'at least 0', '-0.1')),
     'root below one':       (lambda: PEDCCLoss(root=0.5), ('root', 'at least 1', '0.5')),
     'unknown shift':        (lambda: Sigma2RLoss(shift='rel'), ('shift', "'relative', 'absolute'", "'rel'")),
     'negative slope':       (lambda: Sigma2RLoss(slope=-1), ('slope', 'at least 0', '-1')),
-    'distance of zero':     (lambda: LDMATLoss(delta=0), ('delta', 'positive', '0')),
+    'distance of zero':     (lambda: LDMATLoss(delta=0), ('delta', 'above 0', '0')),
     'slack of one':         (lambda: LDMATLoss(slack=1), ('slack', '[0, 1)', '1')),
     'momentum of zero':     (lambda: LDMATLoss(momentum=0), ('momentum', '(0, 1]', '0')),
     'unknown mode':         (lambda: CCLoss(mode='diff'), ('mode', "'difference'", "'diff'")),

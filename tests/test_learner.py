@@ -6,7 +6,8 @@ from fastai.vision.all import Learner, accuracy, set_seed
 from test_matrix import loaders, silent, train
 from torchvision.models import ResNet18_Weights, resnet18
 
-from discloss.core import disc_learner, with_head
+from discloss.core import with_head
+from discloss.learner import disc_learner
 from discloss.losses.sigma2r import Sigma2RLoss
 
 @pytest.fixture(scope='module')

@@ -13,9 +13,10 @@ from fastai.vision.all import (Callback, ClassificationInterpretation, CutMix, G
 
 import discloss
 from discloss.bodies import small_body
-from discloss.specs import all_losses
-from discloss.core import TrainMetrics, disc_learner, find_head, with_head
+from discloss.core import find_head, with_head
 from discloss.data import ImageTensorLoaders, ImageTensors, image_dls
+from discloss.learner import TrainMetrics, disc_learner
+from discloss.specs import all_losses
 
 situations = {} # Name -> (function, may the loss refuse?)
 
@@ -94,7 +95,7 @@ def plain_loop(loss, tmp):
     opt = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = learn.dls.train.one_batch()
     assert type(x) is not torch.Tensor and type(y) is not torch.Tensor
-    head = find_head(model)[1]
+    head = find_head(model)
     before = state(head)
     with torch.no_grad(): loss(model(x), y)
     assert not changed(before, head), f'{changed(before, head)} moved without gradients'
@@ -302,7 +303,7 @@ def timm_model(loss, tmp):
     dls = loaders(n=16, bs=8, size=32)
     train(learner(loss, dls=dls, model=timm.create_model('test_resnet', num_classes=10, in_chans=1)))
     learn = silent(disc_learner(dls, 'test_resnet', loss, pretrained=False, n_in=1))
-    assert isinstance(find_head(learn.model)[1], type(loss.head(16,10)))
+    assert isinstance(find_head(learn.model), type(loss.head(16,10)))
     train(learn)
 
 class HomeMade(nn.Module):
@@ -433,11 +434,11 @@ def ddp_states():
 
 @situation('two processes (DDP)')
 def two_processes(loss, tmp):
-    "A step of two processes equals the step of one; where a loss compares samples of one process only, the processes still stay the same"
+    "A step of two processes equals the step of one"
     alone, first, second = (s[loss.name] for s in ddp_states())
     for k in alone:
         assert torch.allclose(first[k], second[k], atol=1e-6), f'{k} differs between the two processes'
-        if not loss.pairs: assert torch.allclose(alone[k], first[k], atol=1e-5), f'{k} differs from that of one process'
+        assert torch.allclose(alone[k], first[k], atol=1e-5), f'{k} differs from that of one process'
 
 # ---- the table
 

@@ -40,9 +40,10 @@ def whole_way(loss, head, x, y, dtype):
 
 def loss_alone(loss, out, y, dtype):
     "Losses and gradient by the logits and what has a row for each sample, of what a head gave, rounded to bfloat16, in `dtype`"
-    out = [o.detach().bfloat16().to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else copy.deepcopy(o) for o in out]
-    rows = [o.requires_grad_() for o,k in zip(out, ('logits', *loss.extras)) if k == 'logits' or k in loss.rows]
-    losses = loss(tuple(out) if len(out) > 1 else out[0], y)
+    def rounded(o): return o.detach().bfloat16().to(dtype) if o.is_floating_point() else o.clone()
+    out = {k: rounded(o) for k,o in out.items()}
+    rows = [o.requires_grad_() for o in out.values() if o.ndim == 2 and len(o) == len(y) and o.is_floating_point()]
+    losses = loss(out, y)
     grads = torch.autograd.grad(losses.mean(), rows, allow_unused=True)
     return losses.detach(), torch.cat([g.flatten().double() for g in grads if g is not None])
 
@@ -54,7 +55,7 @@ def measure(name, case, c=8, d=16):
     x, y = features(head, c, d)[case]
     out = head(x)
     res = {}
-    for dtype,f,args,unit in (('float32', whole_way, (head, x, y), 0.), ('bfloat16', loss_alone, (out if isinstance(out, tuple) else (out,), y), 1e-4)):
+    for dtype,f,args,unit in (('float32', whole_way, (head, x, y), 0.), ('bfloat16', loss_alone, (out, y), 1e-4)):
         (v,g),(v64,g64) = (f(loss, *args, t) for t in (getattr(torch, dtype), torch.float64))
         res[dtype] = relative(v, v64, unit=1.), relative(g, g64, unit)
     return res
