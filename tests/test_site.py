@@ -71,7 +71,8 @@ def sidebar(part=None):
 
 def test_sidebar_lists_each_page_once():
     listed = list(sidebar())
-    pages = {p.relative_to(nbs).as_posix() for p in notebooks} - {'99_all.ipynb'}
+    files = [*notebooks, *nbs.rglob('*.qmd')]
+    pages = {p.relative_to(nbs).as_posix() for p in files} - {'99_all.ipynb'}
     assert len(listed) == len(set(listed))
     assert set(listed) == pages, 'nbs/sidebar.yml has one line for each page'
 
@@ -121,6 +122,69 @@ def shows_nothing(cell):
 @each_new_page
 def test_cells_have_their_output(path):
     for cell in cells(path, 'code'): assert not shows_nothing(cell), cell.source[-300:]
+
+# ---------------------------------------------------------------- the interactive page
+
+def by_torch(case):
+    "Value and gradient of one sample, by the package"
+    import torch, torch.nn.functional as F
+    from discloss.losses.arcface import arcface_transform
+    from discloss.losses.circle import circle_transform
+    from discloss.losses.cosface import cosface_transform
+    from discloss.losses.gsoftmax import gsoftmax_loss
+    from discloss.losses.ldmat import ldmat_loss
+    from discloss.losses.sigma2r import sigma2r_loss
+    x = torch.tensor([case['x']], dtype=torch.float64, requires_grad=True)
+    anchors = torch.tensor(case['anchors'], dtype=torch.float64)
+    kind, set_ = case['kind'], case['settings']
+    own = torch.zeros(1, dtype=torch.long)
+    if kind == 'cosineLoss':
+        transform = dict(arcface=arcface_transform, cosface=cosface_transform, circle=circle_transform)
+        change = transform.get(set_['transform'])
+        if change: change = functools.partial(change, margin=set_['margin'])
+        cosine = F.normalize(x) @ F.normalize(anchors).T
+        loss = gsoftmax_loss(cosine, own, change, set_['scale'])
+    if kind == 'sigma2rLoss': # A second sample, so far away that the mean squared distance is the unit
+        d = (x.detach() - anchors[:1]).pow(2).sum()
+        far = (2*set_['unit'] - d).clamp_min(0).sqrt()
+        feats = torch.cat([x, anchors[:1] + torch.stack([far, far*0])])
+        losses = sigma2r_loss(feats, own.expand(2), anchors[:1], set_['slope'], tau=set_['tau'], reduction='none')
+        loss = losses[0]
+    if kind == 'ldmatLoss':
+        targ = torch.tensor([0, 0] + [1]*(len(anchors)-1))
+        loss = ldmat_loss(torch.cat([x, anchors]), targ, set_['delta'], set_['slack'], 'none')[0]
+    return [loss.item(), *torch.autograd.grad(loss, x)[0][0].tolist()]
+
+def draw_cases(n=200):
+    import random
+    rng = random.Random(0)
+    def vector(): return [rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)]
+    for i in range(n):
+        anchors = [vector() for _ in range(3)]
+        margin = rng.uniform(0.05, 0.95)
+        for name in ('normface', 'cosface', 'arcface', 'circle'):
+            settings = dict(transform=name, scale=rng.uniform(1, 40), margin=margin)
+            yield dict(kind='cosineLoss', x=vector(), anchors=anchors, settings=settings)
+        settings = dict(slope=rng.uniform(0, 10), tau=rng.uniform(0, 3), unit=rng.uniform(4.5, 9))
+        x = [c + rng.uniform(-2, 2) for c in anchors[0]]
+        yield dict(kind='sigma2rLoss', x=x, anchors=anchors, settings=settings)
+        settings = dict(delta=rng.uniform(0.2, 2.5), slack=rng.uniform(0, 0.95))
+        yield dict(kind='ldmatLoss', x=vector(), anchors=anchors, settings=settings)
+
+by_node = """
+const games = require(process.argv[1]);
+const cases = JSON.parse(require('fs').readFileSync(0));
+const answer = c => games[c.kind](c.x, c.anchors, c.settings);
+console.log(JSON.stringify(cases.map(answer).map(r => [r.value, ...r.grad])));
+"""
+
+@pytest.mark.skipif(not shutil.which('node'), reason='needs Node.js on the path')
+def test_interactive_page_shows_the_package():
+    cases = list(draw_cases())
+    command = ['node', '-e', by_node, str(nbs/'interactive.js')]
+    res = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)
+    for case, js in zip(cases, json.loads(res.stdout), strict=True):
+        assert js == pytest.approx(by_torch(case), rel=1e-7, abs=1e-9), case
 
 # ---------------------------------------------------------------- the site
 
@@ -293,6 +357,39 @@ def faults(seen, width, dark, log):
     errors = [l['message'] for l in log if l['level'] == 'SEVERE' and 'favicon.ico' not in l['message']]
     if errors: res['console'] = errors
     return res
+
+@pytest.mark.site
+@rendered
+def test_interactive_page_moves(browser, address):
+    "A slider, another loss and a drag each change the picture"
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    show(browser, address + 'interactive.html')
+    def one(name): return browser.find_element(By.CSS_SELECTOR, f'[data-play={name}]')
+    def pictures(): return [browser.execute_script('return arguments[0].toDataURL()', one(n)) for n in ('plane', 'curve')]
+    seen = [pictures()]
+    def changed():
+        seen.append(pictures())
+        assert seen[-1][0] != seen[-2][0]
+        assert seen[-1][1] != seen[-2][1]
+    browser.execute_script("""
+        const slider = document.querySelector('.play input[name=margin]');
+        slider.value = 1.2;
+        slider.dispatchEvent(new Event('input'))""")
+    changed()
+    text = one('value').text
+    ActionChains(browser).drag_and_drop_by_offset(one('plane'), -60, 40).perform()
+    changed()
+    assert one('value').text != text
+    names = [o.get_attribute('value') for o in one('loss').find_elements(By.TAG_NAME, 'option')]
+    assert names == ['normface', 'cosface', 'arcface', 'circle', 'sigma2r', 'ldmat']
+    for name in names:
+        browser.execute_script("""
+            const select = document.querySelector('[data-play=loss]');
+            select.value = arguments[0];
+            select.dispatchEvent(new Event('change'))""", name)
+        changed()
+        assert 'NaN' not in one('value').text
 
 bad_page = """<!DOCTYPE html><html><body style="background: white; width: 2000px"><main>
 <p style="color: #eee">[[`Loss`](https://a.b) pale and bracketed <code style="background: #111">pill</code></p>
