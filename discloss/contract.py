@@ -156,7 +156,7 @@ def _changes_something(case, name):
         reference = None
         for value in (loss.hparams[name], *loss.hypers[name].examples()):
             try: trace = _traces(case, type(loss)(**{**loss.hparams, **base, name: value}))
-            except (TypeError,ValueError): continue # Settings that do not go together, or a head that does not fit
+            except (TypeError,ValueError): trace = [] # Refused, where another value is not
             if reference is None: reference = trace
             same = len(trace) == len(reference) and all(a.shape == b.shape and torch.equal(a, b) for a,b in zip(trace, reference))
             if not same: return True

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from ..core import Choice, Number, all_sum, check_hparams, full_precision, reduce_losses
-from .center import CenterLoss, squared_distance
+from .center import CenterLoss, squared_center_distance
 
 # %% ../../nbs/losses/20_sigma2r.ipynb #3aa7455f
 shifts = dict(relative=1., absolute=0.) # With their default turning points
 
-sigma2r_hypers = dict(slope=Number(0, search=(0.1, 10.), log=True), shift=Choice(tuple(shifts)), tau=Number(0, optional=True, search=(0., 2.)), detach_weight=Choice((False, True)))
+sigma2r_hypers = dict(
+    slope=Number(0, search=(0.1, 10.), log=True),
+    shift=Choice(tuple(shifts)),
+    tau=Number(0, optional=True, search=(0., 2.)),
+    detach_weight=Choice((False, True)),
+)
 
 @full_precision
 def sigma2r_loss(
@@ -22,7 +27,7 @@ def sigma2r_loss(
     centers:Tensor, # Class centers, shape (classes, d); not changed
     slope:float=1., # At least 0; 0 gives center loss. Our choice
     shift:str='relative', # Distances in units of their batch mean, 'relative', or as they are, 'absolute'. Our choice
-    tau:float|None=None, # Turning point, at least 0: where a sample has the weight it has in center loss; None: 1 if relative, 0 if absolute. Our choice
+    tau:float|None=None, # Turning point, at least 0, where the weight is that of center loss; None: 1 if relative, 0 if absolute. Our choice
     detach_weight:bool=False, # No gradient through the factor? The source does not say
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
@@ -30,7 +35,7 @@ def sigma2r_loss(
     check_hparams(sigma2r_hypers, slope=slope, shift=shift, tau=tau, detach_weight=detach_weight)
     if tau is None: tau = shifts[shift]
     # $d_i = \lVert x_i-c_{y_i}\rVert^2$
-    d = squared_distance(feats, targ, centers)
+    d = squared_center_distance(feats, targ, centers)
     # $\nu$, constant: the mean of $d$ over the batch, in all processes
     unit = 1.
     if shift == 'relative':
@@ -52,13 +57,15 @@ class Sigma2RLoss(CenterLoss):
         tau:float|None=None, # Turning point, at least 0; None: 1 if relative, 0 if absolute. Our choice
         detach_weight:bool=False, # No gradient through the factor? The source does not say
         alpha:float=0.5, # How far centers move with each batch, in [0, 1]; 0.5 as in center loss
+        learned:bool=False, # Are centers parameters, moved by the optimizer, instead of by the rule of center loss?
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(lam, alpha, reduction, weight)
+        super().__init__(lam, alpha, learned, reduction, weight)
         self.set_hparams(slope=slope, shift=shift, tau=tau, detach_weight=detach_weight)
 
     @property
     def separable(self): return self.shift == 'absolute' or self.slope == 0
     def center_term(self, feats, targ, centers):
-        return sigma2r_loss(feats, targ, centers, self.slope, self.shift, self.tau, self.detach_weight, reduction='none')
+        settings = self.slope, self.shift, self.tau, self.detach_weight
+        return sigma2r_loss(feats, targ, centers, *settings, reduction='none')
