@@ -1,0 +1,101 @@
+"Losses that compare or count the samples of all processes: parts of a batch in several processes give what one process gives on the whole."
+import copy, os, socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from discloss.core import communication
+from discloss.losses.center import CenterLoss
+from discloss.losses.ldmat import LDMATLoss
+from discloss.losses.lgm import LGMLoss
+from discloss.losses.pedcc import PEDCCLoss
+from discloss.losses.pod import PODLoss
+from discloss.losses.sigma2r import Sigma2RLoss
+
+losses = {
+    'center': CenterLoss(lam=0.5),
+    'center, learned': CenterLoss(lam=0.5, learned=True),
+    'sigma2r': Sigma2RLoss(lam=0.5, slope=3.),
+    'ldmat': LDMATLoss(slack=0.2),
+    'ldmat, balanced': LDMATLoss(slack=0.2, squared=True, balance=True),
+    'pedcc': PEDCCLoss(),
+    'pedcc, root': PEDCCLoss(root=2.),
+    'pod': PODLoss(corr_reduction='sum', lam=5.),
+    'pod, scores': PODLoss(norm_source='score'),
+    'lgm': LGMLoss(covariance='isotropic'),
+}
+n_in, n_out = 6, 4
+
+def batch():
+    gen = torch.Generator().manual_seed(0)
+    return torch.randn(12, n_in, generator=gen), torch.arange(12) % n_out
+
+def step(loss, x, y):
+    "One step of a linear model with the loss's head: losses, gradients of their sum, and what the buffers became"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(n_in, n_in), loss.head(n_in, n_out)).double()
+    for p in model[1].parameters(): p.data += 0.1*torch.randn_like(p)
+    loss = copy.deepcopy(loss)
+    loss.reduction = 'none'
+    values = loss(model(x.double()), y)
+    values.sum().backward()
+    grads = {k: p.grad for k,p in model.named_parameters() if p.grad is not None}
+    return dict(values=values.detach(), grads=grads, buffers={k: b.clone() for k,b in model.named_buffers()})
+
+def worker(rank, sizes, port, queue):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=len(sizes))
+    x, y = (t.split(sizes)[rank] for t in batch())
+    found = {}
+    for name,loss in losses.items():
+        found[name] = step(loss, x, y)
+        for g in found[name]['grads'].values(): dist.all_reduce(g)
+    with communication(False): found['alone'] = step(losses['ldmat'], x, y)
+    queue.put((rank, {k: pickled(v) for k,v in found.items()}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+def pickled(res): return {k: {n: t.numpy() for n,t in v.items()} if isinstance(v, dict) else v.numpy() for k,v in res.items()}
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+def several(sizes):
+    "What each process found, in the order of their ranks"
+    ctx = mp.get_context('spawn')
+    queue, port = ctx.Queue(), free_port()
+    workers = [ctx.Process(target=worker, args=(r, sizes, port, queue)) for r in range(len(sizes))]
+    for w in workers: w.start()
+    try: return [res for _,res in sorted((queue.get(timeout=120) for _ in sizes), key=lambda o: o[0])]
+    finally:
+        for w in workers:
+            w.join(10)
+            w.kill()
+
+@pytest.fixture(scope='module', params=[(6,6), (7,3,2)], ids=str)
+def parts(request): return request.param, several(request.param)
+
+@pytest.mark.parametrize('name', losses)
+def test_parts_are_the_whole(parts, name):
+    sizes, found = parts
+    found = [f[name] for f in found]
+    whole = pickled(step(losses[name], *batch()))
+    values = torch.cat([torch.from_numpy(f['values']) for f in found])
+    assert torch.allclose(values, torch.from_numpy(whole['values']), rtol=1e-9)
+    for f in found:
+        for k,b in whole['buffers'].items():
+            assert torch.allclose(torch.from_numpy(f['buffers'][k]), torch.from_numpy(b), rtol=1e-9, atol=1e-12), k
+        assert set(f['grads']) == set(whole['grads'])
+        for k,g in whole['grads'].items():
+            assert torch.allclose(torch.from_numpy(f['grads'][k]), torch.from_numpy(g), rtol=1e-8, atol=1e-12), k
+
+def test_communication_off_compares_own_samples(parts):
+    sizes, found = parts
+    for f,x,y in zip(found, *(t.split(sizes) for t in batch())):
+        assert torch.allclose(torch.from_numpy(f['alone']['values']), step(losses['ldmat'], x, y)['values'], rtol=1e-9)
