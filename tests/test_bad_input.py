@@ -17,9 +17,9 @@ from discloss.compare import compare
 from discloss.comparison import save_outputs
 from discloss.contract import check_loss
 from discloss.core import with_head
-from discloss.data import class_balanced, image_dls, load_arrays, to_pixels
-from discloss.learner import disc_learner
+from discloss.data import ImageTensors, class_balanced, image_dls, labels_of, load_arrays, to_pixels
 from discloss.geometry import Geometry, GeometryCallback, get_features
+from discloss.learner import disc_learner
 from discloss.losses.cc import CCLoss
 from discloss.losses.center import CenterLoss, center_loss
 from discloss.losses.cosface import CosFaceLoss
@@ -235,6 +235,11 @@ def strange_class(tmp):
     folder = image_folder(tmp, **{'train/a': 5, 'train/b': 5, 'valid/c': 2})
     return folder
 
+def flat_images(tmp):
+    folder = image_folder(tmp, a=5, b=5)
+    for f in folder.rglob('*.png'): Image.fromarray(np.full((8,8), 255, np.uint8)).save(f)
+    return folder
+
 def digits(**kwargs): return image_dls('digits', **kwargs)
 
 sets = { # Name -> (call with a folder, what the message says)
@@ -255,11 +260,17 @@ sets = { # Name -> (call with a folder, what the message says)
     'labels beyond CIFAR-10':     (lambda t: load_arrays(data(t, 'cifar10', y_train=np.full(60, 12)), t), ('10 classes', '12')),
     'a folder of one class':      (lambda t: image_dls(image_folder(t, a=3)), ('two or more', "['a']")),
     'a folder without images':    (lambda t: image_dls(image_folder(t, a=0, b=0)), ('no images',)),
-    'a class without images':     (lambda t: image_dls(image_folder(t, a=3, b=0)), ('none of', "['b']")),
-    'a class of one image':       (lambda t: image_dls(image_folder(t, a=9, b=1), bs=2), ('test set', '2 classes')),
+    'one class with images':      (lambda t: image_dls(image_folder(t, a=3, b=0)), ('two or more', "['a']")),
+    'a class of one image':       (lambda t: image_dls(image_folder(t, a=9, b=1), bs=2), ('test set', 'b (1)', 'at least 3')),
     'other classes to validate on': (lambda t: image_dls(strange_class(t)), ('valid', "['c']")),
-    'a half-written image':       (lambda t: image_dls(damaged(t)), ('9.png', 'damaged')),
-    'text with the name of an image': (lambda t: image_dls(text_as_image(t)), ('9.png', 'not an image')),
+    'a half-written image':       (lambda t: image_dls(damaged(t), bs=2), ('9.png', 'damaged', 'skip_bad')),
+    'text with the name of an image': (lambda t: image_dls(text_as_image(t), bs=2), ('9.png', 'not an image')),
+    'splits one level too high':  (lambda t: image_dls(image_folder(t, **{'x/a': 3, 'x/b': 3, 'y/a': 3, 'y/b': 3})), ('look like splits', 'splits=dict(')),
+    'two validation sets':        (lambda t: image_dls(image_folder(t, **{'train/a': 3, 'train/b': 3, 'val/a': 3, 'valid/a': 3})), ("['val', 'valid']",)),
+    'training images without classes': (lambda t: image_dls(image_folder(t, train=3, test=3)), ('no folder for each class',)),
+    'a folder that is not there': (lambda t: image_dls(t/'none'), ('no folder', 'none')),
+    'an archive of images':       (lambda t: ((t/'x.zip').write_bytes(b'PK'), image_dls(t/'x.zip')), ('x.zip', 'unpack')),
+    'images of one colour':       (lambda t: image_dls(flat_images(t), bs=2, size=8), ('255 everywhere', 'stats=')),
     'images too large for memory': (lambda t: image_dls(image_folder(t, a=3, b=3), size=100_000), ('GB', 'smaller size')),
     'batch size of zero':         (lambda t: digits(bs=0), ('bs', 'at least 1', '0')),
     'batch size of 2.5':          (lambda t: digits(bs=2.5), ('bs', 'whole number', '2.5')),
@@ -273,8 +284,12 @@ sets = { # Name -> (call with a folder, what the message says)
     'unknown device':             (lambda t: digits(device='tpu9'), ('device', 'tpu9')),
     'a GPU that is not there':    (lambda t: digits(device='cuda:99'), ('device', 'cuda:99')),
     'predictions for no image':   (lambda t: digits().test_dl([]), ('at least one image',)),
-    'label that is no class':     (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), 'ten')], with_labels=True), ('0..9', "['ten']")),
-    'label out of range':         (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), 10)], with_labels=True), ('0..9', '[10]')),
+    'label that is no class':     (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), 'ten')], with_labels=True), ('0..9', 'got ten', "vocab='own'")),
+    'label out of range':         (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), 10)], with_labels=True), ('0..9', 'got 10')),
+    'several labels an image':    (lambda t: digits().test_dl([(np.zeros((8,8), np.uint8), [1,2])], with_labels=True), ('one label', '[1, 2]')),
+    'images without labels as labelled': (lambda t: digits().test_dl([np.zeros((8,8), np.uint8)], with_labels=True), ('pairs', 'ndarray')),
+    'soft labels in data':        (lambda t: ImageTensors(torch.zeros(4,1,8,8).byte(), torch.rand(4,3), list('abc')), ('MixUp', '(4, 3)')),
+    'labels of an unlabelled set': (lambda t: labels_of(digits().test_dl([np.zeros((8,8), np.uint8)])), ('no labels',)),
     'image of floats':            (lambda t: to_pixels(np.zeros((8,8))), ('uint8', 'float64')),
     'image of no pixels':         (lambda t: to_pixels(np.zeros((0,8), np.uint8)), ('uint8', '(0, 8)')),
     'image that is a number':     (lambda t: to_pixels(3), ('path', 'int')),
