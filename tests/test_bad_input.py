@@ -268,7 +268,6 @@ sets = { # Name -> (call with a folder, what the message says)
     'splits one level too high':  (lambda t: image_dls(image_folder(t, **{'x/a': 3, 'x/b': 3, 'y/a': 3, 'y/b': 3})), ('look like splits', 'splits=dict(')),
     'two validation sets':        (lambda t: image_dls(image_folder(t, **{'train/a': 3, 'train/b': 3, 'val/a': 3, 'valid/a': 3})), ("['val', 'valid']",)),
     'training images without classes': (lambda t: image_dls(image_folder(t, train=3, test=3)), ('no folder for each class',)),
-    'a folder that is not there': (lambda t: image_dls(t/'none'), ('no folder', 'none')),
     'an archive of images':       (lambda t: ((t/'x.zip').write_bytes(b'PK'), image_dls(t/'x.zip')), ('x.zip', 'unpack')),
     'images of one colour':       (lambda t: image_dls(flat_images(t), bs=2, size=8), ('255 everywhere', 'stats=')),
     'images too large for memory': (lambda t: image_dls(image_folder(t, a=3, b=3), size=100_000), ('GB', 'smaller size')),
