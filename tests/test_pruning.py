@@ -548,3 +548,39 @@ def test_equal_channels_are_folded(dls):
                 if t.ndim: t[1] = t[0]
     out = prune(model, {stage.producer: stage.channels-1}, dls, n_images=200, show=False)
     assert out.pruned['stages'][0]['error_removed'] < 1e-8
+
+def test_scores_of_the_heuristics(dls):
+    "Magnitude: sums of absolute weights, as by hand"
+    model = small().eval()
+    stage = find_stages(model, images(dls))[1]
+    seen = stage.observe(model, model, calibration_batches(dls, 60))
+    w = model.get_submodule(stage.producer).weight
+    kept, score, lam = stage.select(model, seen, 3, 'magnitude')
+    hand = torch.stack([f.abs().sum() for f in w])
+    assert torch.allclose(score, hand) and kept == sorted(hand.argsort(descending=True)[:3].tolist()) and lam is None
+    kept, score, _ = stage.select(model, seen, 3, 'taylor')
+    assert torch.allclose(score, seen['own'].mean(0)) and kept == sorted(score.argsort(descending=True)[:3].tolist())
+
+def test_calibration_is_what_validation_sees(tmp_path):
+    gen = np.random.default_rng(0)
+    for i in range(24):
+        (tmp_path/str(i%2)).mkdir(exist_ok=True)
+        Image.fromarray(gen.integers(0, 255, (12,12), dtype=np.uint8)).save(tmp_path/str(i%2)/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=0.3, seed=0, img_cls=PILImageBW, item_tfms=Resize(8),
+                                       batch_tfms=aug_transforms(size=8, max_rotate=45, p_affine=1.), bs=4, num_workers=0)
+    n = len(dls.train_ds)
+    got = torch.cat([x for x,_ in calibration_batches(dls, n)]).flatten(1)
+    want = torch.cat([b[0].as_subclass(Tensor) for b in dls.test_dl(list(dls.train_ds.items))]).flatten(1)
+    def in_order(t): return t[np.lexsort(t.T.numpy())]
+    assert torch.allclose(in_order(got), in_order(want), atol=1e-5)
+
+def test_gates_shrink_with_their_channels(dls32):
+    "The layers inside a gate are no stages of their own: they follow"
+    model = make('', 'mobilenet_v3_small').eval()
+    stages = find_stages(model, images(dls32)[:2])
+    inner = {gives for s in stages for _,gives in s.gates}
+    assert len(inner) == 9 and not inner & {s.consumer for s in stages}
+    out = prune(model, {s.producer: s.channels//2 for s in stages if s.gates}, dls32, method='magnitude', n_images=8, show=False)
+    for s in stages:
+        for reads,gives in s.gates:
+            assert out.get_submodule(reads).in_channels == out.get_submodule(gives).out_channels == s.channels//2
