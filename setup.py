@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=['discloss', 'discloss.*']),
     package_data={'discloss': ['py.typed']},
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'tune', 'metric', 'timm')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']), 'nbdev': ['discloss=discloss._modidx:d']},
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else cfg['description'],
     long_description_content_type='text/markdown',
