@@ -181,7 +181,7 @@ def _needed(d, margin, alpha):
     if more > 100: return "more than 100 more seeds needed"
     return f"about {more} more seed{'s'*(more > 1)} needed"
 
-# %% ../nbs/09_statistics.ipynb #103e1658
+# %% ../nbs/09_statistics.ipynb #5b1fb280
 def against(
     scores:dict, # Entry -> scores (n_seeds,), or what was right (n_seeds, n_images); or dict seed -> score
     ref:str|None=None, # The reference; None: cross-entropy if it is there, else the first entry
@@ -199,9 +199,11 @@ def against(
     p_eq = dict(zip(known, holm([p_equal(d, margin) for d in known.values()])))
     rows = {}
     for k,v in scores.items():
-        rows[k] = dict(mean=np.mean([np.mean(o) for o in v.values()]) if v else np.nan, seeds=len(v))
+        rows[k] = dict(mean=_mean(v.values()), seeds=len(v))
         if k == ref: rows[k] |= dict(status='reference', verdict='reference')
-        elif k not in known: rows[k] |= dict(status='open', verdict='not settled: at least 3 seeds needed')
+        elif k not in known:
+            gaps = [v[s].mean()-scores[ref][s].mean() for s in v if s in scores[ref]]
+            rows[k] |= dict(difference=_mean(gaps), status='open', verdict='not settled: at least 3 seeds needed')
         else:
             d = known[k]
             low, high = interval(d, 1-alpha)
@@ -225,6 +227,10 @@ def _by_seed(v):
     "Finite scores by seed"
     v = v if isinstance(v, dict) else dict(enumerate(v))
     return {s: np.asarray(o, float) for s,o in v.items() if np.isfinite(o).all()}
+
+def _mean(v):
+    v = [np.mean(o) for o in v]
+    return np.mean(v) if v else np.nan
 
 def _difference(v, ref, ratio):
     seeds = [s for s in ref if s in v]

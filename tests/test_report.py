@@ -1,0 +1,203 @@
+"The report: made-up comparisons of every kind give a page that holds what they say, loads nothing, and runs no text as code."
+import base64, json, math, re, shutil, subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from discloss.report import *
+from discloss.statistics import against
+
+nasty = '<img src=x onerror=alert(1)> & "quoted" | $x_1$ \'</script><script>document.title="owned"</script>'
+
+def made_up(n_classes=4, losses=('crossentropy','center','arcface'), seeds=5, n=200, vocab=None, gains={}, broken=(), outputs=True, feats=True,
+            worst=True, test_set='test', epochs=3):
+    "A comparison with known accuracies: `.9`, and what `gains` adds"
+    rng = np.random.default_rng(0)
+    targ = rng.permutation(np.arange(n) % n_classes)
+    hard = rng.random(n)
+    rows, outs, fs = [], {}, {}
+    for l in losses:
+        outs[l] = []
+        for s in range(seeds):
+            right = hard + .01*rng.normal(size=n) < .9+gains.get(l, 0.)
+            pred = np.where(right, targ, (targ+1) % n_classes) if l not in broken else np.zeros(n, int)
+            acc, bad = float((pred == targ).mean()), l in broken
+            config = dict(data='photos', n=[600,100,n], arch='resnet34', n_feats=None, epochs=epochs, bs=64, lr=1e-3, wd=None, seed=s, hparams=dict(scale=30.), test_set=test_set)
+            rows.append(dict(key=f'{l}-{s}', label=l, config=config, versions=dict(discloss='0.1.0', torch='2.14'), device='cpu, 1 threads', finished='2026-01-31T12:00:00Z',
+                             seconds=12.5, parameters=1000, epochs=[dict(train_loss=None if bad else 1., accuracy=acc)]*epochs, valid=dict(accuracy=acc),
+                             trouble='its loss is not finite: try --lr 0.001' if bad else None,
+                             test=dict(accuracy=acc, loss=None if bad else .3+.01*rng.random(), ece=.02, ncm_accuracy=acc, variance_ratio=None if bad else .1+.01*rng.random(), intra=10.)))
+            outs[l].append(dict(seed=s, targ=targ.astype(np.int32), pred=pred.astype(np.int32)))
+        fs[l] = torch.randn(n, 5), torch.as_tensor(targ)
+    images = dict(index=np.argsort(-hard)[:6], images=rng.integers(0, 255, (6,8,8,3)).astype(np.uint8), ids=np.array([f'cats/{i}.jpg' for i in range(6)]))
+    return SimpleNamespace(results=rows, vocab=vocab, feats=fs if feats else {}, outputs=outs if outputs else {}, worst=images if worst else None, command='discloss_compare --data photos')
+
+class Page(HTMLParser):
+    "Tags, attributes and text of a page"
+    void = {'meta','img','br','link','input','hr','!doctype'}
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attrs, self.texts, self.open = [], [], [], []
+        self.feed(html)
+        self.close()
+        self.text = ' '.join(' '.join(self.texts).split())
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag); self.attrs += [(tag,*a) for a in attrs]
+        if tag not in self.void: self.open.append(tag)
+    def handle_startendtag(self, tag, attrs): self.tags.append(tag); self.attrs += [(tag,*a) for a in attrs]
+    def handle_endtag(self, tag): assert self.open.pop() == tag, tag
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ('style','script'): self.texts.append(data)
+
+def check(html):
+    "A page that is whole, and stands alone"
+    page = Page(html)
+    assert not page.open
+    for tag,name,value in page.attrs:
+        assert not name.startswith('on'), (tag, name)
+        if name in ('src','href','xlink:href'): assert value.startswith(('data:','#')), value[:80]
+    assert 'nan' not in page.text.lower().split() and 'None' not in page.text.split()
+    return page
+
+cases = dict(two_classes=dict(n_classes=2), hundred_classes=dict(n_classes=100, n=1000, losses=('crossentropy','center')), one_seed=dict(seeds=1), two_seeds=dict(seeds=2),
+             one_loss=dict(losses=('center',)), one_loss_one_seed=dict(losses=('center',), seeds=1), diverged=dict(broken=('arcface',)), reference_diverged=dict(broken=('crossentropy',)),
+             all_diverged=dict(broken=('crossentropy','center','arcface')), no_outputs=dict(outputs=False), no_features=dict(feats=False), no_images=dict(worst=False),
+             bare=dict(outputs=False, feats=False, worst=False), one_epoch=dict(epochs=1), no_reference=dict(losses=('center','arcface')),
+             eighteen=dict(losses=tuple(f'loss{i}(lam={i}, alpha=0.1)' for i in range(18)), seeds=2), names=dict(vocab=[nasty,'a'*80,'','ü 狗']))
+
+@pytest.mark.parametrize('case', cases)
+def test_every_kind_of_comparison_has_a_page(case, tmp_path):
+    cmp = made_up(**cases[case])
+    html, csv = write_report(cmp, tmp_path/'out')
+    page = check(html.read_text(encoding='utf-8'))
+    labels = {r['label'] for r in cmp.results}
+    assert all(l in page.text for l in labels)
+    assert 'discloss_compare --data photos' in page.text and '0.1.0' in page.text and 'resnet34' in page.text
+    runs = pd.read_csv(csv)
+    assert len(runs) == len(cmp.results) and set(runs.label) == labels and 'test.accuracy' in runs
+
+def test_first_sentence_and_winner():
+    page = check(report_html(made_up(gains=dict(center=.05))))
+    assert re.search(r'center is 5\.\d points ahead of cross-entropy, more than the noise of five seeds\.', page.text)
+    assert 'test images' in page.text and '★' in page.text
+
+def test_what_is_in_the_file_runs_nowhere():
+    cmp = made_up(n_classes=2, vocab=[nasty, 'b'], losses=(nasty, 'crossentropy'))
+    cmp.worst['ids'][:] = nasty[:20]
+    cmp.command = nasty
+    for r in cmp.results: r['device'] = nasty; r['config']['data'] = nasty; r['trouble'] = nasty
+    cmp.left_out = [nasty]
+    page = check(report_html(cmp))
+    data = sum(o == ('script','type','application/json') for o in page.attrs)
+    assert page.tags.count('script') == data+1 # names and matrices as data, and the page's own
+    assert not any(tag == 'img' and name == 'onerror' for tag,name,_ in page.attrs)
+    assert 'owned' in page.text # as text
+
+def test_colours_can_be_seen_on_both_grounds():
+    html = report_html(made_up(n_classes=30, n=600))
+    assert not re.search(r'(fill|stroke): ?#(fff|000|222)', html) # ink and ground follow the page
+    for c in set(re.findall(r'(?:fill|stroke): ?(#[0-9a-f]{6})', html)): assert contrast(c, '#16181c') >= 3
+    for c in ('#000000','#0000ff','#440154','#832db6'): assert contrast(on_dark(c), '#16181c') >= 3
+    assert on_dark('#ffa90e') == '#ffa90e'
+
+def test_confusion_and_accuracy_by_class_are_those_of_the_runs():
+    cmp = made_up(3, seeds=2)
+    f = Findings(cmp)
+    c = f.confusion('center')
+    want = np.mean([[[((o['targ'] == i) & (o['pred'] == j)).sum() for j in range(3)] for i in range(3)] for o in cmp.outputs['center']], 0)
+    np.testing.assert_allclose(c, want)
+    page = check(report_html(cmp))
+    assert all(f'{100*want[i,i]/want[i].sum():.1f}' in page.text for i in range(3))
+
+def test_images_that_most_runs_get_wrong():
+    cmp = made_up()
+    found = Findings(cmp).mistakes()
+    preds = np.stack([o['pred'] for v in cmp.outputs.values() for o in v])
+    for m in found:
+        assert m['wrong'] == (preds[:,m['index']] != cmp.outputs['center'][0]['targ'][m['index']]).sum() > 0
+        assert m['taken'] != m['true']
+    assert found[0]['image'].shape == (8,8,3)
+    cmp.worst = None
+    ids = Findings(cmp).mistakes()
+    assert ids[0]['image'] is None and ids[0]['id'] == f"#{ids[0]['index']}"
+    assert [m['wrong'] for m in ids] == sorted((m['wrong'] for m in ids), reverse=True)
+
+def test_lost_runs_are_paired_by_seed():
+    "A run whose answers are lost leaves the accuracies to speak"
+    cmp = made_up(gains=dict(center=.05))
+    whole = Findings(cmp)
+    assert whole.by_image
+    del cmp.outputs['center'][1]
+    part = Findings(cmp)
+    assert not part.by_image and set(part.outputs['center']) == {0,2,3,4}
+    assert part.table.difference['center'] == pytest.approx(whole.table.difference['center'])
+    for o in cmp.outputs['center']: del o['seed']
+    assert Findings(cmp).outputs['center'] == {}
+
+def test_a_loss_that_did_not_learn_is_named_and_wins_nothing():
+    cmp = made_up(broken=('arcface',))
+    for r in cmp.results:
+        if r['label'] == 'arcface': r['test']['variance_ratio'] = 1e-6
+    f = Findings(cmp)
+    assert f.table.status['arcface'] == 'failed' and 'arcface' not in f.winners().values()
+    page = check(report_html(cmp))
+    assert 'arcface did not learn in 5 of 5 runs: its loss is not finite: try --lr 0.001' in page.text
+
+def test_no_test_set_is_said(): assert 'There was no test set' in check(report_html(made_up(test_set='validation'))).text
+
+def sentences(status, seeds=5, **kwargs):
+    table = pd.DataFrame({'mean': [.95]+[.95+d for _,d in status.values()], 'seeds': seeds, 'difference': [math.nan]+[d for _,d in status.values()],
+                          'status': ['reference']+[s for s,_ in status.values()]}, index=['crossentropy', *status])
+    return headline(table, **kwargs)
+
+@pytest.mark.parametrize('status,first', [
+    (dict(center=('ahead',.008)), 'center is 0.8 points ahead of cross-entropy, more than the noise of five seeds.'),
+    (dict(center=('ahead',.008), arcface=('ahead',.01)), 'arcface (1.0 points) and center (0.8 points) are ahead of cross-entropy by more than the noise of five seeds.'),
+    (dict(center=('equal',.001), arcface=('equal',0.)), 'No difference: every loss equals cross-entropy within 0.3 points.'),
+    (dict(center=('behind',-.1)), 'No loss is as good as cross-entropy.'),
+    (dict(center=('behind',-.1), arcface=('open',.01)), 'No loss is surely better than cross-entropy.'),
+    (dict(center=('failed',-.8)), 'Cross-entropy is right for 95.0% of the test images.')])
+def test_headlines(status, first): assert sentences(status)[0] == first
+
+def test_headline_of_one_seed():
+    first, second = sentences(dict(center=('open',.01)), seeds=1)
+    assert first == 'center is right most often, for 96.0% of the test images.' and second == 'One seed cannot tell a difference from noise; run at least three.'
+
+def test_runs_csv_is_in_the_page(tmp_path):
+    html, csv = write_report(made_up(), tmp_path)
+    inside = re.search(r'data:text/csv;charset=utf-8;base64,([\w+/=]+)', html.read_text())[1]
+    assert base64.b64decode(inside).decode() == csv.read_text()
+
+def test_nothing_to_report():
+    with pytest.raises(ValueError, match='at least one finished run'): report_html(SimpleNamespace(results=[]))
+
+browser = shutil.which('chromium') or shutil.which('google-chrome')
+
+@pytest.mark.skipif(browser is None, reason='no Chromium')
+def test_the_page_in_a_browser(tmp_path):
+    "Sorting, the legend and the matrix work; nothing is wider than a phone; no error"
+    html, _ = write_report(made_up(vocab=['a','b',nasty,'d'], gains=dict(center=.05)), tmp_path)
+    probe = '''<script>
+    const got={errors}, table=document.querySelector('table.sort'), first=()=>table.tBodies[0].rows[0].cells[0].textContent.trim();
+    const head=i=>table.tHead.querySelectorAll('button')[i];
+    head(1).click(); got.down=first(); head(1).click(); got.up=first(); got.sorted=head(1).parentNode.getAttribute('aria-sort');
+    head(0).click(); got.names=first();
+    document.querySelectorAll('.classes button')[2].click(); got.hit=document.querySelectorAll('.feats .hit').length; got.dim=document.querySelector('.feats').classList.contains('on');
+    const m=document.querySelector('.matrix'); m.scrollIntoView(); const r=m.getBoundingClientRect(), x=(+m.dataset.side+.5*m.dataset.w/4);
+    m.dispatchEvent(new MouseEvent('click',{clientX:r.left+x*r.width,clientY:r.top+x*r.height})); got.read=m.parentNode.querySelector('.read').textContent;
+    got.wide=document.documentElement.scrollWidth<=innerWidth; got.title=document.title;
+    document.body.innerHTML=''; document.body.append('GOT'+JSON.stringify(got)+'END');</script>'''
+    text = html.read_text().replace('<head>', '<head><script>const errors=[]; onerror=e=>errors.push(String(e))</script>', 1).replace('</body>', probe+'</body>')
+    (tmp_path/'probe.html').write_text(text)
+    args = ['--headless','--no-sandbox','--disable-gpu','--disable-quic','--no-first-run','--disable-background-networking','--disable-component-update','--disable-sync',
+            f'--user-data-dir={tmp_path/"profile"}','--window-size=500,900','--dump-dom', (tmp_path/'probe.html').as_uri()]
+    out = subprocess.run([browser, *args], capture_output=True, text=True, timeout=120).stdout
+    got = json.loads(re.search(r'GOT(.*?)END', out)[1].replace('&lt;','<').replace('&gt;','>').replace('&amp;','&'))
+    assert got['errors'] == [] and got['title'] == 'discloss: three losses on photos'
+    assert got['down'] == 'center' and got['up'] != 'center' and got['sorted'] == 'ascending' and got['names'] == 'crossentropy'
+    assert got['hit'] == 6 and got['dim'] # points and mean in three panels
+    assert got['read'].startswith('a recognised: ') and got['wide']
