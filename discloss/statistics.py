@@ -5,7 +5,7 @@ __all__ = ['Difference', 'paired', 'interval', 'p_differs', 'paired_images', 'bo
            'verdict', 'against', 'reference', 'plot_differences', 'keeps_up', 'winner', 'Ranks', 'rank_test',
            'critical_difference', 'plot_ranks']
 
-# %% ../nbs/09_statistics.ipynb #8370c2f5
+# %% ../nbs/09_statistics.ipynb #84b861be
 import math
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from .plot import loss_style, plot_style
+from .plot import class_colors, fit_ticks, ink, loss_style, plot_axes, plot_style
 
 # %% ../nbs/09_statistics.ipynb #c4bd66c2
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _difference(v, ref, ratio):
     a, b = np.stack([v[s] for s in seeds]), np.stack([ref[s] for s in seeds])
     return paired(a, b, ratio) if a.ndim == 1 else paired_images(a, b)
 
-# %% ../nbs/09_statistics.ipynb #d0e13852
+# %% ../nbs/09_statistics.ipynb #2acea5c6
 def plot_differences(
     table:pd.DataFrame, # From `against`
     margin:float=0.003, # Drawn as a band
@@ -250,12 +250,10 @@ def plot_differences(
     "Differences to the reference with their intervals, best on top, and the margin as a band"
     rows = table[table.difference.notna()].sort_values('difference')
     ref = table.index[table.status == 'reference'][0]
+    if ax is None: _,ax = plot_axes(figsize=(size[0], size[1] or .9+.26*len(rows)))
     with plot_style():
-        if ax is None:
-            fig, ax = plt.subplots(figsize=(size[0], size[1] or .9+.26*len(rows)), layout='constrained')
-            plt.close(fig)
-        ax.axvspan(-scale*margin, scale*margin, color='#e4e6e9', lw=0, zorder=0)
-        ax.axvline(0, color='#717581', lw=.8, zorder=1)
+        ax.axvspan(-scale*margin, scale*margin, color=ink, alpha=.2, lw=0, zorder=0)
+        ax.axvline(0, color=ink, lw=.8, zorder=1)
         for y,(k,r) in enumerate(rows.iterrows()):
             look = loss_style(k)
             ax.plot([scale*r.low,scale*r.high], [y,y], color=look['color'], lw=1.8)
@@ -264,6 +262,7 @@ def plot_differences(
         ax.set(ylim=(-.7,len(rows)-.3), xlabel=f"{xlabel} to {ref}")
         ax.tick_params(axis='y', length=0)
         ax.spines[['top','right','left']].set_visible(False)
+        fit_ticks(ax)
     return ax.figure
 
 # %% ../nbs/09_statistics.ipynb #b3021363
@@ -341,7 +340,7 @@ def critical_difference(
     q = stats.studentized_range.isf(alpha, k, np.inf)/math.sqrt(2)
     return float(q*math.sqrt(k*(k+1)/(6*n)))
 
-# %% ../nbs/09_statistics.ipynb #27219039
+# %% ../nbs/09_statistics.ipynb #5b84d428
 def plot_ranks(
     ranks:Ranks, # From `rank_test`
     size:tuple=(6,None), # Width and height in inches; None: as the entries need
@@ -351,24 +350,29 @@ def plot_ranks(
     half, bars = -(-k//2), ranks.cliques
     top = .5 + .3*len(bars)
     low = top + .45*half
+    fig,ax = plot_axes(figsize=(size[0], size[1] or .6+.5*low))
     with plot_style():
-        fig, ax = plt.subplots(figsize=(size[0], size[1] or .6+.5*low), layout='constrained')
         ax.set(xlim=(1,k), ylim=(-low,.9))
-        for i,(name,x) in enumerate(zip(names, r)):
-            left = i < half
-            y = -top - .45*(i if left else k-1-i)
-            color = loss_style(name)['color']
-            ax.plot([x,x,1 if left else k], [0,y,y], color=color, lw=1, clip_on=False)
-            ax.annotate(f'{name}  {x:.2f}' if left else f'{x:.2f}  {name}', (1 if left else k, y),
-                        xytext=(-5 if left else 5, 0), textcoords='offset points',
-                        ha='right' if left else 'left', va='center', color=color)
+        for i,(name,x) in enumerate(zip(names, r)): _draw_rank(ax, name, x, k, i, half, top)
         for i,group in enumerate(bars):
             ends = ranks.mean[group].iloc[[0,-1]].to_numpy() + [-.04,.04]
-            ax.plot(ends, [-.3-.3*i]*2, color='#222222', lw=3.5, solid_capstyle='butt', clip_on=False)
-        ax.plot([1,1+ranks.cd], [.55,.55], color='#717581', lw=1.5, marker='|', clip_on=False)
-        ax.annotate(f'critical difference {ranks.cd:.2f}', (1+ranks.cd/2,.62), ha='center', va='bottom', fontsize=8)
-        ax.xaxis.tick_top(); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.spines['top'].set_position(('data',0))
-        ax.spines[['left','right','bottom']].set_visible(False); ax.yaxis.set_visible(False)
-        plt.close(fig)
+            ax.plot(ends, [-.3-.3*i]*2, color=ink, lw=3.5, solid_capstyle='butt', clip_on=False)
+        ax.plot([1,1+ranks.cd], [.55,.55], color=ink, lw=1.5, marker='|', clip_on=False)
+        ax.annotate(f'critical difference {ranks.cd:.2f}', (1+ranks.cd/2,.62),
+                    ha='center', va='bottom', fontsize=8)
+        ax.xaxis.tick_top()
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.spines['top'].set(visible=True, position=('data',0))
+        ax.spines[['left','right','bottom']].set_visible(False)
+        ax.yaxis.set_visible(False)
     return fig
+
+def _draw_rank(ax, name, x, k, i, half, top):
+    "A name at the side, tied to its mean rank"
+    left, color = i < half, loss_style(name)['color']
+    side = 1 if left else k
+    y = -top - .45*(i if left else k-1-i)
+    ax.plot([x,x,side], [0,y,y], color=color, lw=1, clip_on=False)
+    text = f'{name}  {x:.2f}' if left else f'{x:.2f}  {name}'
+    ax.annotate(text, (side,y), xytext=(-5 if left else 5,0), textcoords='offset points',
+                ha='right' if left else 'left', va='center', color=color)
