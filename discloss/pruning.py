@@ -405,7 +405,7 @@ def lasso_problem(
     used = A.any(0).nonzero().flatten()
     for o in used.split(max(1, 2**23//(n*c))): # Some outputs at a time
         a, t = A[:,o], Y[:,o]
-        Z = X @ W[o].permute(1, 2, 0) # $Z_{iso} = X_{si}^\top w_{oi}$, the contribution of channel i
+        Z = X @ W[o].permute(1, 2, 0) # $Z_{iso} = X_{si}^\top w_{oi}$, what channel i gives
         if intercept:
             share = a**2/(a**2).sum(0)
             Z, t = Z - (share*Z).sum(1, keepdim=True), t - (share*t).sum(0)
@@ -809,8 +809,8 @@ def _check_data(model, stages, batches, n_points, fits):
             with torch.no_grad(): out = model(x)
             if not isinstance(out, Tensor) or out.ndim != 2:
                 got = tuple(getattr(out, 'shape', ())) or type(out).__name__
-                raise ValueError("in eval mode the model must give logits of shape (batch, classes), "
-                                 f"got {got}")
+                raise ValueError("in eval mode the model must give logits of shape "
+                                 f"(batch, classes), got {got}")
             check_inputs(y, n_out=out.shape[1], values=True, logits=out)
     finally:
         for h in hooks: h.remove()
