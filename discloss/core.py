@@ -242,13 +242,14 @@ class Number:
     below:bool = False # Is the largest value itself excluded?
     whole:bool = False # Whole numbers only?
     optional:bool = False # May it be None?
+    auto:bool = False # May it be 'auto', which leaves it to the numbers of features and classes?
     search:tuple|None = None # Where a search looks, (low, high); None: the search leaves it alone
     log:bool = False # Does the search look on a logarithmic scale?
     note:str = '' # What an error message adds, for example a unit
 
     def check(self, name, value):
         "Raise TypeError or ValueError for a value that is not allowed"
-        if value is None and self.optional: return
+        if value is None and self.optional or isinstance(value, str) and value == 'auto' and self.auto: return
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be {self}, got {value!r}")
         too_low = value <= self.low if self.above else value < self.low
@@ -269,7 +270,7 @@ class Number:
         both = f"in {'(' if self.above else '['}{low}, {high}{')' if self.below else ']'}"
         one = f"above {low}" if self.above else f"at least {low}"
         limits = '' if self.low == -math.inf else one if self.high == math.inf else both
-        return ' '.join(filter(None, (kind, limits, 'or None' if self.optional else '', self.note)))
+        return ' '.join(filter(None, (kind, limits, 'or None' if self.optional else '', "or 'auto'" if self.auto else '', self.note)))
 
 @dataclass(frozen=True)
 class Choice:
@@ -417,8 +418,7 @@ def _check_names(self:DiscLoss, outs, takes):
 def _check(self:DiscLoss, outs, targ):
     check_targets(targ)
     if torch.compiler.is_compiling(): return
-    logits = outs.get('logits')
-    n_out = logits.shape[-1] if logits is not None and logits.ndim else None
+    n_out = _n_classes(outs)
     key = targ.shape, targ.device, *((k, v.shape, v.device) for k,v in outs.items())
     first = key not in self._seen
     if first: self._check_shapes(outs, targ, n_out)
@@ -429,17 +429,23 @@ def _check(self:DiscLoss, outs, targ):
     self._check_hparams()
     self._seen.add(key)
 
+def _n_classes(outs):
+    "The number of classes, from the logits, or from the class weights of a head that leaves logits to its loss"
+    logits = outs.get('logits')
+    if logits is not None: return logits.shape[-1] if logits.ndim else None
+    return len(outs['weight']) if 'weight' in outs else None
+
 @patch
 def _check_shapes(self:DiscLoss, outs, targ, n_out):
     if targ.ndim != 1: raise ValueError(f"targets must have shape (batch,), one class index for each sample, got {tuple(targ.shape)}")
-    if n_out is not None:
-        logits = outs['logits']
+    logits = outs.get('logits')
+    if logits is not None and logits.ndim:
         if logits.ndim != 2 or len(logits) != len(targ):
             raise ValueError(f"logits must have shape ({len(targ)}, classes) for {len(targ)} targets, got {tuple(logits.shape)}")
         if n_out < 2: raise ValueError(f"logits must have a column for each class, two at least, got shape {tuple(logits.shape)}")
         if not logits.is_floating_point(): raise TypeError(f"logits must be floating point, got {logits.dtype}")
-        if self.weight is not None and len(self.weight) != n_out:
-            raise ValueError(f"weight must have one number for each of the {n_out} classes, got {len(self.weight)}")
+    if n_out is not None and self.weight is not None and len(self.weight) != n_out:
+        raise ValueError(f"weight must have one number for each of the {n_out} classes, got {len(self.weight)}")
     for name,v in outs.items():
         if v.device != targ.device:
             raise ValueError(f"{name} and targets must be on one device, got {v.device} and {targ.device}")
@@ -615,7 +621,7 @@ def _check_output(model, args, out):
                                                "let it return what its classifier gives as it is (discloss.core.with_head)",)
         return
     inner = out.get('logits') if isinstance(out, Mapping) else None
-    if isinstance(inner, Mapping) or (type(out) is dict and isinstance(inner, Tensor)): return
+    if isinstance(inner, Mapping) or (type(out) is dict and ('logits' in out or 'weight' in out)): return
     if isinstance(out, (tuple,list)):
         raise TypeError(f"in training {name} returns {len(out)} outputs, so it has a second or auxiliary classifier: switch it off (torchvision: "
                         "aux_logits=False), or let the model return the output of its head alone")

@@ -10,19 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import DiscLoss, check_inputs, full_precision, reduce_losses
-from ..heads import unit
+from ..core import DiscLoss, Number, all_sum, check_hparams, check_inputs, full_precision, gather_samples, reduce_losses
+from ..heads import by_hand, differentiable_grads, unit
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
 # %% ../../nbs/losses/55_circle.ipynb #ee03240f
+_scale, _margin = Number(0, above=True, search=(5., 256.), log=True), Number(0, 1, above=True, below=True, search=(0.1, 0.5))
+
 def circle_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
     margin:float=0.25, # Radius of the boundary over the root of 2, in (0, 1). The paper's for faces
 ) -> tuple: # Both transformed, of the same shapes
-    "Each cosine times its distance to its goal as a constant weight, for `gsoftmax_loss`"
+    "Each cosine times its distance to its goal as a constant weight, for gsoftmax_loss"
     # $[1+m-\bar u]_+(u-1+m)$ and $[\bar u+m]_+(u-m)$
-    return (1+margin-pos.detach()).clamp_min(0)*(pos-(1-margin)), (neg.detach()+margin).clamp_min(0)*(neg-margin)
+    pull = (1+margin-pos.detach()).clamp_min(0)
+    push = (neg.detach()+margin).clamp_min(0)
+    return pull*(pos-(1-margin)), push*(neg-margin)
 
 def circle_loss(
     cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
@@ -31,10 +35,10 @@ def circle_loss(
     margin:float=0.25, # In (0, 1). The paper's for faces
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Circle loss of class weights; raises `ValueError` or `TypeError` on wrong shapes, dtypes, labels or ranges"
+    "Circle loss of class weights; raises ValueError or TypeError on wrong shapes, dtypes, labels or ranges"
+    check_hparams(dict(margin=_margin), margin=margin)
     return gsoftmax_loss(cosine, targ, partial(circle_transform, margin=margin), scale, reduction)
 
-@full_precision
 def circle_pair_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
@@ -42,39 +46,100 @@ def circle_pair_loss(
     margin:float=0.4, # In (0, 1). The paper's for fine-grained retrieval
     reduction:str='mean', # 'mean' over the anchors that have a positive and a negative, 'sum' (batch times that), or 'none'
 ) -> Tensor: # A scalar, or shape (batch,): zero for an anchor without a pair
-    "Circle loss of the samples of a batch as each other's anchors; raises `ValueError` or `TypeError` on wrong shapes, dtypes, labels or values"
+    "Circle loss of the samples of a batch as each other's anchors; raises ValueError or TypeError on wrong shapes, dtypes, labels or values"
     check_inputs(targ, feats=feats)
-    cos, same = unit(feats) @ unit(feats).T, targ[:,None] == targ
-    pos, neg = same.clone().fill_diagonal_(False), ~same
-    T_p, T_n = circle_transform(cos, cos, margin)
-    # $\operatorname{softplus}(\operatorname{LSE}_j\gamma T_n+\operatorname{LSE}_i(-\gamma T_p))$; what is no pair counts as the lowest number there is
-    lowest = torch.finfo(cos.dtype).min/2
-    losses = F.softplus((scale*T_n).masked_fill(~neg, lowest).logsumexp(1) + (-scale*T_p).masked_fill(~pos, lowest).logsumexp(1))
-    has = pos.any(1) & neg.any(1)
-    # The mean over the batch becomes the mean over the anchors that have both
-    return reduce_losses(losses*has * (len(has)/has.sum().clamp_min(1)), reduction)
+    check_hparams(dict(scale=_scale, margin=_margin), scale=scale, margin=margin)
+    return reduce_losses(_pair_losses(feats, targ.long(), scale, margin), reduction)
+
+# %% ../../nbs/losses/55_circle.ipynb #28f1f1d8
+def _anchor_losses(u, pos, neg, scale, margin):
+    "One loss for each row of cosines; positives and negatives are told by masks"
+    T_p, T_n = circle_transform(u, u, margin)
+    # $\log(1+e^{\operatorname{LSE}_j\gamma T_n+\operatorname{LSE}_i(-\gamma T_p)})$; what is no pair counts as the lowest number there is
+    lowest = torch.finfo(u.dtype).min/2
+    down = (scale*T_n).masked_fill(~neg, lowest).logsumexp(1)
+    up = (-scale*T_p).masked_fill(~pos, lowest).logsumexp(1)
+    return -F.logsigmoid(-up-down)
+
+class _AnchorLosses(torch.autograd.Function):
+    "The same with its gradient by hand, in fewer passes than autograd's"
+    @staticmethod
+    def forward(ctx, u, pos, neg, scale, margin):
+        lowest = torch.finfo(u.dtype).min/2
+        pull, push = (1+margin-u).clamp_min_(0), (u+margin).clamp_min_(0)
+        up, up_sum = _softmax_parts((1-margin-u).mul_(pull).mul_(scale).masked_fill_(~pos, lowest))
+        down, down_sum = _softmax_parts((u-margin).mul_(push).mul_(scale).masked_fill_(~neg, lowest))
+        x = up_sum[1]+down_sum[1]
+        ctx.scale,ctx.margin = scale,margin
+        ctx.save_for_backward(u, pos, neg, x, pull.mul_(up), up_sum[0], push.mul_(down), down_sum[0])
+        return -F.logsigmoid(-x)[:,0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, pos, neg, x, pull, up_sum, push, down_sum = ctx.saved_tensors
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            losses = _anchor_losses(u, pos, neg, ctx.scale, ctx.margin)
+            return *differentiable_grads(losses, (u,), grad), None, None, None, None
+        force = grad[:,None]*x.sigmoid()*ctx.scale
+        return push*(force/down_sum) - pull*(force/up_sum), None, None, None, None
+
+def _softmax_parts(z):
+    "Numerators of a softmax, in place, and their sum and its logarithm before the largest was taken out"
+    top = z.amax(1, keepdim=True)
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
+    return z, (total, top+total.log())
+
+class _Gram(torch.autograd.Function):
+    "x @ x.T, whose backward pass is one product instead of two"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x@x.T
+    @staticmethod
+    def backward(ctx, grad): return (grad+grad.T)@ctx.saved_tensors[0]
+
+@full_precision
+def _pair_losses(feats, targ, scale, margin):
+    "One loss for each sample of this process; its pairs are the samples of all processes"
+    x = unit(feats)
+    x_all, targ_all = gather_samples(x, targ)
+    u = _Gram.apply(x) if x_all is x and by_hand() else x@x_all.T
+    neg = targ[:,None] != targ_all
+    pos = ~neg
+    pos.fill_diagonal_(False) # Own samples come first
+    f = _AnchorLosses.apply if by_hand() else _anchor_losses
+    return _over_anchors(f(u, pos, neg, scale, margin), (pos.any(1) & neg.any(1)).to(u))
+
+def _over_anchors(losses, has):
+    "The mean over the batch becomes the mean over the anchors that have a positive and a negative"
+    n = all_sum(torch.stack([has.sum(), has.new_tensor(len(has))]))
+    return losses*has * (n[1]/n[0].clamp_min(1))
 
 # %% ../../nbs/losses/55_circle.ipynb #8724db88
-def _check_margin(margin):
-    if not 0 < margin < 1: raise ValueError(f"margin must be in (0, 1), got {margin}")
-
 class CircleLoss(GSoftmaxLoss):
-    "Circle loss of class weights; for the `CosineHead`"
+    "Circle loss of class weights; for the CosineHead"
+    hypers = dict(GSoftmaxLoss.hypers, margin=_margin)
     def __init__(self,
-        scale:float=30., # What cosines are multiplied by, in the loss and in the head's logits; positive. Our choice; the paper takes 256 for faces
+        scale:float|str=30., # What cosines are multiplied by, in the loss and in the head's logits; positive, or 'auto'. Our choice; the paper takes 256 for faces
         margin:float=0.25, # In (0, 1). The paper's for faces
+        sample:float|None=None, # Share of the classes that a batch is compared with, besides its own; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction, weight)
-        _check_margin(margin)
-        self.margin = margin
+        super().__init__(scale, sample, reduction, weight)
+        self.set_hparams(margin=margin)
 
-    def transform(self, pos, neg): return circle_transform(pos, neg, self.margin)
+    def own(self, u): return circle_transform(u, u, self.margin)[0]
+    def others(self, u): return circle_transform(u, u, self.margin)[1]
+    def scaled_others(self, z, scale):
+        # $s\,[u+m]_+(u-m)$ and the slope $[u+m]_+$
+        slope = (z/scale).add_(self.margin).clamp_min_(0)
+        return (z-scale*self.margin).mul_(slope), slope
 
 class CirclePairLoss(DiscLoss):
-    "Cross-entropy plus `lam` times the Circle loss of pairs within the batch; for the `LinearHead`"
+    "Cross-entropy plus lam times the Circle loss of pairs within the batch, over all processes; for the LinearHead"
     separable,pairs = False,True
+    hypers = dict(lam=Number(0, search=(1e-3, 1.), log=True), scale=_scale, margin=_margin)
     def __init__(self,
         lam:float=0.01, # Weight of the pairs, at least 0. Our choice, see the training below
         scale:float=80., # Positive. The paper's for fine-grained retrieval
@@ -83,10 +148,8 @@ class CirclePairLoss(DiscLoss):
         weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
-        if not lam >= 0: raise ValueError(f"lam must be at least 0, got {lam}")
-        if not scale > 0: raise ValueError(f"scale must be positive, got {scale}")
-        _check_margin(margin)
-        self.lam,self.scale,self.margin = lam,scale,margin
+        self.set_hparams(lam=lam, scale=scale, margin=margin)
 
     def loss(self, logits, feats, targ):
-        return F.cross_entropy(logits, targ, reduction='none') + self.lam*circle_pair_loss(feats, targ, self.scale, self.margin, reduction='none')
+        pairs = _pair_losses(feats, targ, self.scale, self.margin)
+        return F.cross_entropy(logits, targ, reduction='none') + self.lam*pairs

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..heads import CosineHead, cosine
+from ..core import Choice
+from ..heads import CosineHead
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
 # %% ../../nbs/losses/52_normface.ipynb #c368340d
@@ -25,39 +26,35 @@ def normface_loss(
 
 # %% ../../nbs/losses/52_normface.ipynb #5c2f4421
 class NormFaceHead(CosineHead):
-    "Cosine to learned class weights, times a learned scale; in training logits, cosine and scale"
+    "Cosine to learned class weights, times a learned scale"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
         scale:float=10., # The scale at the start, positive
+        **kwargs, # Passed on to CosineHead
     ):
-        super().__init__(n_in, n_out, scale)
+        super().__init__(n_in, n_out, scale, **kwargs)
         self.log_scale = torch.nn.Parameter(torch.tensor(math.log(scale)))
 
-    def forward(self,
-        feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training logits, cosine and scale
-        "Scaled cosines, and in training the cosines and the scale"
-        cos, scale = cosine(feats, self.weight), self.log_scale.exp()
-        return dict(logits=scale*cos, cosine=cos, scale=scale) if self.training else scale*cos
+    def scale_like(self, feats): return self.log_scale.exp()
 
 class NormFaceLoss(GSoftmaxLoss):
-    "Cross-entropy of scaled cosines; for the `CosineHead`, or with a learned scale for the `NormFaceHead`"
+    "Cross-entropy of scaled cosines; the scale may be learned"
+    hypers = dict(GSoftmaxLoss.hypers, learn_scale=Choice((False, True), search=True))
     def __init__(self,
-        scale:float=10., # What cosines are multiplied by, at the start if it is learned; positive. The authors' files start at 10; more for thousands of classes
+        scale:float|str=10., # What cosines are multiplied by, at the start if it is learned; positive, or 'auto'. The authors' files start at 10; more for thousands of classes
         learn_scale:bool=False, # Learn the scale, as the authors' files do?
+        sample:float|None=None, # Share of the classes that a batch is compared with, besides its own; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction, weight)
-        self.learn_scale = learn_scale
+        super().__init__(scale, sample, reduction, weight)
+        self.set_hparams(learn_scale=learn_scale)
 
     def head(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
     ) -> CosineHead:
-        "A `CosineHead`, or a `NormFaceHead` if the scale is learned"
-        return (NormFaceHead if self.learn_scale else CosineHead)(n_in, n_out, scale=self.scale)
-
-    def transform(self, pos, neg): return pos, neg
-    def loss(self, cosine, targ, scale=None): return super().loss(cosine, targ, scale)
+        "A CosineHead, or a NormFaceHead if the scale is learned"
+        kind = NormFaceHead if self.learn_scale else CosineHead
+        return kind(n_in, n_out, **self._head_args(n_in, n_out))

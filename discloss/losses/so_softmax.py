@@ -8,68 +8,79 @@ from functools import partial
 
 from torch import Tensor
 
+from ..core import Choice, Number, Other, check_hparams
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
 # %% ../../nbs/losses/51_so_softmax.ipynb #59ace69c
-def _check_hparams(goals, weights, deltas):
-    for name,v in (('goals',goals), ('weights',weights), ('deltas',deltas)):
-        if not (v is None and name == 'deltas') and not (isinstance(v, (tuple,list)) and len(v) == 2):
-            raise ValueError(f"{name} must be a pair of numbers, for the positive and the negative cosine, got {v!r}")
-    if not goals[0] > goals[1]: raise ValueError(f"the goal of the positive must be greater than that of the negatives, got {goals}")
-    if not min(weights) >= 0: raise ValueError(f"weights must be at least 0, got {weights}")
+def _check_goals(name, goals):
+    if not isinstance(goals, (tuple,list)) or len(goals) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, for the positive and the negative cosine, got {goals!r}")
+    if not goals[0] > goals[1]:
+        raise ValueError(f"the goal of the positive must be greater than that of the negatives, got {goals!r}")
+
+_settings = dict(m=Number(0, 2, search=(0.1, 0.6)), lambda_p=Number(0, search=(0.5, 2.), log=True), lambda_n=Number(0, search=(0.5, 2.), log=True),
+                 goals=Other(_check_goals, ((1.,0.), (1.,-0.2))), clamp=Choice((True, False), search=True))
 
 def so_transform(
     pos:Tensor, # Positive cosines, shape (batch, 1)
     neg:Tensor, # Negative cosines, shape (batch, classes)
-    goals:tuple=(1.,0.), # Where the positive and the negative cosine shall be. Our choice
-    weights:tuple=(1.,1.), # Of the two transforms, at least 0. Our choice
-    offset:float=-0.125, # Added to the negative; usually negative: how far from the goals is near enough. Our choice
-    clamp:bool=True, # Leave alone what is beyond its goal? Our choice
-    detach:bool=False, # Distances to the goals as constant weights, as in Circle loss? The source does not say
-    deltas:tuple|None=None, # Where the transforms cross zero besides the goals; None: at the goals, which makes them squares
-) -> tuple: # $T_p$ and $T_n$ of the same shapes
-    "The goal-centred quadratic transforms, for `gsoftmax_loss`"
-    (o_p,o_n),(a_p,a_n),(d_p,d_n) = goals, weights, goals if deltas is None else deltas
-    # What is missing to the goals: $[O_p-u]_+$ and $[u-O_n]_+$
-    pull, push = o_p-pos, neg-o_n
+    m:float=0.25, # How far from the goals is near enough, in [0, 2]
+    lambda_p:float=1., # Weight of the positive, at least 0
+    lambda_n:float=1., # Weight of the negatives, at least 0
+    goals:tuple=(1.,0.), # Where the positive and the negative cosine go, the first greater
+    clamp:bool=True, # Leave alone what is beyond its goal?
+) -> tuple: # Both transformed, of the same shapes
+    "The goal-centred quadratic transforms, for gsoftmax_loss"
+    # What is missing to the goals: $O_p-u$ and $u-O_n$
+    pull, push = goals[0]-pos, neg-goals[1]
     if clamp: pull, push = pull.clamp_min(0), push.clamp_min(0)
-    if detach: pull, push = pull.detach(), push.detach()
-    # $a_p[O_p-u]_+(u-\Delta_p)$ and $a_n[u-O_n]_+(u-\Delta_n)+m'$
-    return a_p*pull*(pos-d_p), a_n*push*(neg-d_n) + offset
+    # $\lambda_p(m^2-[O_p-u]_+^2)$ and $\lambda_n([u-O_n]_+^2-m^2)$
+    return lambda_p*(m**2 - pull*pull), lambda_n*(push*push - m**2)
 
 def so_softmax_loss(
     cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
-    scale:float=30., # Positive. Our choice; 64 may suit hundreds of classes
-    goals:tuple=(1.,0.), # Where the positive and the negative cosine shall be, the first greater. Our choice
-    weights:tuple=(1.,1.), # Of the positive and the negative, at least 0. Our choice
-    offset:float=-0.125, # How far from the goals is near enough, usually at most 0. Our choice: Circle loss's boundary
+    scale:float|Tensor=30., # Positive. Our choice
+    m:float=0.25, # How far from the goals is near enough, in [0, 2]. Our choice: Circle loss's boundary
+    lambda_p:float=1., # Weight of the positive, at least 0. Our choice
+    lambda_n:float=1., # Weight of the negatives, at least 0. Our choice
+    goals:tuple=(1.,0.), # Where the positive and the negative cosine go, the first greater
     clamp:bool=True, # Leave alone what is beyond its goal? Our choice
-    detach:bool=False, # Distances to the goals as constant weights, as in Circle loss? The source does not say
-    deltas:tuple|None=None, # Where the transforms cross zero besides the goals; None: at the goals
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
     "Generalised softmax that drives the positive and each negative cosine to a goal of its own"
-    _check_hparams(goals, weights, deltas)
-    transform = partial(so_transform, goals=goals, weights=weights, offset=offset, clamp=clamp, detach=detach, deltas=deltas)
-    return gsoftmax_loss(cosine, targ, transform, scale, reduction)
+    settings = dict(m=m, lambda_p=lambda_p, lambda_n=lambda_n, goals=goals, clamp=clamp)
+    check_hparams(_settings, **settings)
+    return gsoftmax_loss(cosine, targ, partial(so_transform, **settings), scale, reduction)
 
 # %% ../../nbs/losses/51_so_softmax.ipynb #df0e8d35
 class SOSoftmaxLoss(GSoftmaxLoss):
-    "Softmax over cosines that are each driven to a goal of their own, by squares; for the `CosineHead`"
+    "Softmax over cosines that are each driven to a goal of their own, by squares; for the CosineHead"
+    hypers = dict(GSoftmaxLoss.hypers, **_settings)
     def __init__(self,
-        scale:float=30., # What transforms, and the cosines in the head's logits, are multiplied by; positive. Our choice
-        goals:tuple=(1.,0.), # Where the positive and the negative cosine shall be, the first greater. Our choice
-        weights:tuple=(1.,1.), # Of the positive and the negative, at least 0. Our choice
-        offset:float=-0.125, # How far from the goals is near enough, usually at most 0. Our choice
+        scale:float|str=30., # What transforms, and the cosines in the head's logits, are multiplied by; positive, or 'auto'. Our choice
+        m:float=0.25, # How far from the goals is near enough, in [0, 2]. Our choice: Circle loss's boundary
+        lambda_p:float=1., # Weight of the positive, at least 0. Our choice
+        lambda_n:float=1., # Weight of the negatives, at least 0. Our choice
+        goals:tuple=(1.,0.), # Where the positive and the negative cosine go, the first greater
         clamp:bool=True, # Leave alone what is beyond its goal? Our choice
-        detach:bool=False, # Distances to the goals as constant weights, as in Circle loss? The source does not say
-        deltas:tuple|None=None, # Where the transforms cross zero besides the goals; None: at the goals
+        sample:float|None=None, # Share of the classes that a batch is compared with, besides its own; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
     ):
-        super().__init__(scale, reduction, weight)
-        _check_hparams(goals, weights, deltas)
-        self.goals,self.weights,self.offset,self.clamp,self.detach,self.deltas = goals,weights,offset,clamp,detach,deltas
+        super().__init__(scale, sample, reduction, weight)
+        self.set_hparams(m=m, lambda_p=lambda_p, lambda_n=lambda_n, goals=goals, clamp=clamp)
 
-    def transform(self, pos, neg): return so_transform(pos, neg, self.goals, self.weights, self.offset, self.clamp, self.detach, self.deltas)
+    def _transform(self, u):
+        "Both transforms, less the offset of the negative one: only their difference counts"
+        pos, neg = so_transform(u, u, self.m, self.lambda_p, self.lambda_n, self.goals, self.clamp)
+        offset = -self.lambda_n*self.m**2
+        return pos-offset, neg-offset
+
+    def own(self, u): return self._transform(u)[0]
+    def others(self, u): return self._transform(u)[1]
+    def scaled_others(self, z, scale):
+        # $s\,\lambda_n[u-O_n]_+^2$ and the slope $2\lambda_n[u-O_n]_+$
+        push = z-scale*self.goals[1] if self.goals[1] else z.clone()
+        if self.clamp: push.clamp_min_(0)
+        return (push*push).mul_(self.lambda_n/scale), push.mul_(2*self.lambda_n/scale)
