@@ -593,14 +593,14 @@ class CropFlip(RandTransform):
             t = torch.where(turn, t.flip(-1), t)
         return type(x)(t)
 
-# %% ../nbs/03_data.ipynb #db5690a0
+# %% ../nbs/03_data.ipynb #e1e46829
 def _class_indices(y, what='labels'):
     "Class indices of shape (n,) as a tensor, or `TypeError` that says what came"
     if isinstance(y, (list, tuple, L)):
         try: y = torch.as_tensor(np.array([np.asarray(o) for o in y]))
         except (ValueError, TypeError) as e: raise TypeError(
-            f"{what} must be one class index for each image, got lists of several lengths "
-            f"or objects ({e}): several labels are not supported") from e
+            f"{what} must be one class index for each image, got lists of several "
+            f"lengths or objects ({e}): several labels are not supported") from e
     y = torch.as_tensor(y)
     if y.ndim == 2 and y.shape[1] == 1: y = y[:,0]
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
@@ -738,7 +738,7 @@ class ImageTensorLoaders(DataLoaders):
         new = ImageTensors(x.to(ds.x.device), ys, names)
         return self.valid.new(new, **{'num_workers': 0, **kwargs})
 
-# %% ../nbs/03_data.ipynb #9f21f1d7
+# %% ../nbs/03_data.ipynb #38c6c1f2
 def _check_counts(y, vocab, missing):
     "Raise `ValueError` if a class has too few images to split off the `missing` sets"
     need, counts = 1+len(missing), np.bincount(y, minlength=len(vocab))
@@ -783,8 +783,12 @@ def _to_bytes(x, size, channels):
     return t.contiguous()
 
 def _in_parts(x, f):
-    "`f` of 1,000 images at a time, as floats, and back to bytes"
-    return torch.cat([f(o.float()).round().clamp(0,255).byte() for o in x.split(1000)])
+    "`f` of some images at a time, as floats, and back to bytes"
+    return torch.cat([f(o.float()).round().clamp(0,255).byte() for o in _chunks(x)])
+
+def _chunks(x):
+    "At most 1,000 images and 10 million values at a time"
+    return x.split(max(1, min(1000, 10**7//x[0].numel())))
 
 def _copies(files):
     "A note on files with the same bytes"
@@ -798,13 +802,13 @@ def _copies(files):
     return [f"{len(same)} pictures are copies of others, so that one can stand in the "
             f"training set and in the test set ({_first(same, 3)})"] if same else []
 
-# %% ../nbs/03_data.ipynb #70746369
+# %% ../nbs/03_data.ipynb #1dea603e
 def channel_stats(
     x:Tensor, # uint8, shape (n, channels, height, width)
 ) -> tuple: # Mean and standard deviation of each channel, pixels in [0, 1]
     "Mean and standard deviation by channel"
     sums = [[o.sum((0,2,3)), o.pow(2).sum((0,2,3))]
-            for o in (part.double()/255 for part in x.split(1000))]
+            for o in (part.double()/255 for part in _chunks(x))]
     mean, square = (sum(s)/(x.numel()/x.shape[1]) for s in zip(*sums))
     return mean.float(), (square-mean**2).clamp_min(1e-12).sqrt().float()
 

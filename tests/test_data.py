@@ -429,6 +429,18 @@ def test_large_photograph(tmp_path):
     whole = to_pixels(Image.open(tmp_path/'x.jpg'), size=(64,64)).float()
     assert (small-whole).abs().max() < 8
 
+def test_memory_of_photographs(tmp_path, run):
+    "Beside the images themselves, and three times one chunk as doubles, little is held"
+    out = run('''
+import resource, torch
+from discloss.data import channel_stats
+x = torch.randint(0, 256, (300,3,224,224), dtype=torch.uint8)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+channel_stats(x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)//1024)
+''')
+    assert int(out) < 320
+
 # ---- damage
 
 formats = dict(png={}, jpg={}, webp={}, gif={}, bmp={}, tif={}, ico={'sizes': [(32,32)]}, ppm={}, tga={}, jp2={}, dib={}, pcx={})
