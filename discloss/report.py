@@ -25,7 +25,7 @@ from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves, p
 from .statistics import against, keeps_up, plot_differences, winner
 from .store import write_whole
 
-# %% ../nbs/14_report.ipynb #270c687d
+# %% ../nbs/14_report.ipynb #5c809b95
 def headline(
     table:pd.DataFrame, # From `against`; `status` may also be 'failed'
     margin:float=0.003, # What counts as equal
@@ -47,9 +47,11 @@ def headline(
     else: first = f"No loss is surely better than {ref}."
     more = []
     if others and seeds < 3:
-        more = [f"{_count(seeds, 'seed')} cannot tell a difference from noise; run at least three.".capitalize()]
+        few = _count(seeds, 'seed').capitalize()
+        more = [f"{few} cannot tell a difference from noise; run at least three."]
     elif others:
-        said = {f"Equal to {ref} within {_points(margin)}": 'equal', f"Behind {ref}": 'behind', "Not settled": 'open'}
+        said = {f"Equal to {ref} within {_points(margin)}": 'equal',
+                f"Behind {ref}": 'behind', "Not settled": 'open'}
         more = [f"{what}: {_list(map(_spoken, group[s]))}." for what,s in said.items() if s in group]
     return [re.sub('^cross', 'Cross', first), *more]
 
@@ -77,7 +79,7 @@ def _ahead(table, ref):
     (k,gain), = gains.items()
     return f"{k} is {gain} ahead of {ref}, more than the noise of {seeds}."
 
-# %% ../nbs/14_report.ipynb #6ef6e17c
+# %% ../nbs/14_report.ipynb #b7d03a1f
 class Findings:
     "What a comparison shows: verdicts, runs that failed, confusion, accuracy by class"
     def __init__(self,
@@ -97,7 +99,7 @@ class Findings:
         self.table = self._table()
 
     def _by_seed(self, label, found):
-        "What a loss answered for each test image, by seed; the seeds matter only where no run is missing"
+        "What a loss answered for each test image, by seed; the seeds are right where no run is missing"
         seeds = sorted(r['config']['seed'] for r in self.rows if r['label'] == label)
         return dict(zip(seeds, found))
 
@@ -153,7 +155,7 @@ def _table(self:Findings):
         table.loc[k] = [mean, len(accs), math.nan, math.nan, math.nan, 'failed', why.split(':')[0]]
     return table.sort_values('mean', ascending=False, na_position='last')
 
-# %% ../nbs/14_report.ipynb #8cc1eac9
+# %% ../nbs/14_report.ipynb #2fb9f526
 @patch
 def winners(self:Findings) -> dict: # Key of `measures` -> entry, or None
     "The entry that is surely the best in each column"
@@ -165,13 +167,14 @@ def winners(self:Findings) -> dict: # Key of `measures` -> entry, or None
 @patch
 def confusion(self:Findings,
     label:str, # A loss
-) -> np.ndarray|None: # Shape (n_classes, n_classes): rows are the true classes; None: the answers are not stored
+) -> np.ndarray|None: # Shape (n_classes, n_classes), rows are the true classes; None: nothing is stored
     "How many test images of each class were taken for each class, summed over the runs"
     runs, n = list(self.outputs[label].values()), len(self.vocab)
     if not runs: return None
-    return sum(np.bincount(n*o['targ'].astype(int)+o['pred'], minlength=n*n) for o in runs).reshape(n, n)
+    cells = np.concatenate([n*o['targ'].astype(int)+o['pred'] for o in runs])
+    return np.bincount(cells, minlength=n*n).reshape(n, n)
 
-# %% ../nbs/14_report.ipynb #675d98d2
+# %% ../nbs/14_report.ipynb #d34b57f9
 @patch
 def mistakes(self:Findings,
     most:int=24, # At most so many
@@ -180,7 +183,8 @@ def mistakes(self:Findings,
     runs = [o for k in self.labels if k not in self.failed for o in self.outputs[k].values()]
     if not runs: return []
     worst = getattr(self.cmp, 'worst', None) or dict(index=[], images=[], ids=[])
-    kept = {int(i): (str(name),image) for i,name,image in zip(worst['index'], worst['ids'], worst['images'])}
+    three = zip(worst['index'], worst['ids'], worst['images'])
+    kept = {int(i): (str(name),image) for i,name,image in three}
     preds = np.stack([o['pred'] for o in runs])
     wrong = preds != self.targ
     res = []
@@ -192,7 +196,7 @@ def mistakes(self:Findings,
                         taken=self.vocab[taken], wrong=int(wrong[:,i].sum()), runs=len(runs)))
     return res
 
-# %% ../nbs/14_report.ipynb #7bee68a9
+# %% ../nbs/14_report.ipynb #17bf82a6
 def _svg(
     fig:plt.Figure, # Any figure
     alt:str, # What it shows, for those who cannot see it
@@ -201,18 +205,21 @@ def _svg(
     out = io.StringIO()
     # text stays text; names inside are made from the salt and must differ between figures
     with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
-        fig.savefig(out, format='svg', transparent=True, bbox_inches='tight', pad_inches=.05, metadata=dict(Date=None))
+        fig.savefig(out, format='svg', transparent=True, bbox_inches='tight', pad_inches=.05,
+                    metadata=dict(Date=None))
     plt.close(fig)
     text = out.getvalue()
     text = re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg'):], flags=re.S)
     box = re.search(r'viewBox="(0 0 ([\d.]+) [\d.]+)"', text)
     alt = to_xml(Span(alt), indent=False)[len('<span>'):-len('</span>')].replace('"', '&quot;')
-    head = f'<svg class="fig" role="img" aria-label="{alt}" viewBox="{box[1]}" style="--w:{float(box[2])*96/72:.0f}px">'
+    width = f'--w:{float(box[2])*96/72:.0f}px'
+    head = f'<svg class="fig" role="img" aria-label="{alt}" viewBox="{box[1]}" style="{width}">'
     text = head + text[text.index('>', text.index('<svg'))+1:]
     text = text.replace(ink, 'var(--ink)')
-    return Safe(re.sub(r'(?<=<g )id="(?!PathCollection)[^"]*"', '', text)) # such names would be there twice
+    # such names would be there twice
+    return Safe(re.sub(r'(?<=<g )id="(?!PathCollection)[^"]*"', '', text))
 
-# %% ../nbs/14_report.ipynb #7f718266
+# %% ../nbs/14_report.ipynb #3b0008ed
 def _mark(marker, color, dash=None):
     "A small SVG of a marker; `dash` says how the line through it is dashed"
     m = MarkerStyle(marker)
@@ -222,8 +229,9 @@ def _mark(marker, color, dash=None):
     width = 12 if dash is None else 22
     gaps = {'--': 'stroke-dasharray="3 1.5"', ':': 'stroke-dasharray="1 1"'}.get(dash, '')
     line = '' if dash is None else f'<path d="M-11,0H11" stroke="{color}" stroke-width="1.6" {gaps}/>'
-    return Safe(f'<svg class="mark" viewBox="{-width/2} -6 {width} 12" width="{width}" height="12" aria-hidden="true">'
-                f'{line}<path d="{path}" fill="{color}" transform="scale(8)"/></svg>')
+    box = f'viewBox="{-width/2} -6 {width} 12" width="{width}" height="12"'
+    shape = f'<path d="{path}" fill="{color}" transform="scale(8)"/>'
+    return Safe(f'<svg class="mark" {box} aria-hidden="true">{line}{shape}</svg>')
 
 def _loss_mark(label):
     look = loss_style(_wrap(label))
@@ -237,8 +245,10 @@ def _png(array):
     Image.fromarray(np.ascontiguousarray(array)).save(out, 'png', optimize=True)
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/14_report.ipynb #6ffc96c0
-def _num(v): return None if v is None else f'{v:.6g}' if isinstance(v, (int,float,np.number)) else str(v)
+# %% ../nbs/14_report.ipynb #f3a05837
+def _num(v):
+    if v is None: return None
+    return f'{v:.6g}' if isinstance(v, (int,float,np.number)) else str(v)
 
 def _cell(text, value=None, **kw): return Td(text, data_v=_num(value), **kw)
 
@@ -246,7 +256,8 @@ def _heads(*names):
     def one(n): return Th(Button(n, type='button'), scope='col', cls='left' if n == 'verdict' else None)
     return Thead(Tr(*map(one, names)))
 
-def _sortable(heads, rows, cls=''): return Div(Table(heads, Tbody(*rows), cls='sort'), cls=f'wide {cls}', tabindex='0')
+def _sortable(heads, rows, cls=''):
+    return Div(Table(heads, Tbody(*rows), cls='sort'), cls=f'wide {cls}', tabindex='0')
 
 # %% ../nbs/14_report.ipynb #a668b137
 def _spread(values, fmt, scale=1):
@@ -274,7 +285,7 @@ def _median(values, fmt):
     v = _finite(values)
     return _cell(f'{np.median(v):{fmt}}', np.median(v)) if v else _cell('')
 
-# %% ../nbs/14_report.ipynb #5f090656
+# %% ../nbs/14_report.ipynb #ff5e9e92
 def _results(f):
     "The table of results"
     wins, main = f.winners(), ('test','accuracy')
@@ -286,10 +297,12 @@ def _results(f):
              *map(_heading, rest), 'seconds to train', 'parameters']
     rows = []
     for k,r in f.table.iterrows():
-        cells = [Th(Div(_loss_mark(k), Span(k), cls='name'), scope='row', data_v=str(k)), _measure(f, k, main, wins)]
-        if len(f.labels) > 1: cells += [_gap(r), _cell(r.verdict, r.status, cls=f'verdict {r.status}')]
+        name = Div(_loss_mark(k), Span(k), cls='name')
+        cells = [Th(name, scope='row', data_v=str(k)), _measure(f, k, main, wins)]
+        if len(f.labels) > 1: cells += [_gap(r), _cell(r.verdict, r.status, cls='verdict')]
         cells += [_measure(f, k, p, wins) for p in rest]
-        cells += [_median(f.values(k, 'seconds').values(), '.1f'), _median(f.values(k, 'parameters').values(), ',.0f')]
+        cells.append(_median(f.values(k, 'seconds').values(), '.1f'))
+        cells.append(_median(f.values(k, 'parameters').values(), ',.0f'))
         rows.append(Tr(*cells, cls=r.status))
     return Section(H2('Results'), _sortable(_heads(*names), rows), _method(f), id='results')
 
@@ -297,7 +310,7 @@ def _heading(path):
     name = measures[path][0]
     return f'{name} (%)' if 'accuracy' in name else name
 
-# %% ../nbs/14_report.ipynb #7d1832da
+# %% ../nbs/14_report.ipynb #031149f8
 def _chart(fig, alt, note): return Figure(_svg(fig, alt), Figcaption(note))
 
 def _differences(f):
@@ -311,7 +324,8 @@ def _differences(f):
 
 def _curves(f):
     "Validation accuracy by epoch"
-    runs = {k: [[_get(e, ['accuracy']) for e in r['epochs']] for r in f.rows if r['label'] == k] for k in f.labels}
+    def curve(r): return [_get(e, ['accuracy']) for e in r['epochs']]
+    runs = {k: [curve(r) for r in f.rows if r['label'] == k] for k in f.labels}
     longest = max(len(e) for v in runs.values() for e in v)
     curves = {_wrap(k): np.array(v, float) for k,v in runs.items() if {len(e) for e in v} == {longest}}
     if longest < 2: return None
@@ -329,12 +343,14 @@ def _scores(f, path, note):
 
 def _charts(f):
     "The figures that compare losses"
+    compact = 'Variance ratio of the test features; smaller is more compact.'
     found = [_differences(f), _curves(f), _scores(f, ('test','accuracy'), 'Test accuracy of each run.'),
-             _scores(f, ('test','variance_ratio'), 'Variance ratio of the test features; smaller is more compact.')]
+             _scores(f, ('test','variance_ratio'), compact)]
     legend = Ul(*(Li(_loss_mark(k), Span(k)) for k in f.labels), cls='legend')
-    return Section(H2('Losses compared'), legend, Div(*(o for o in found if o is not None), cls='charts'), id='charts')
+    charts = Div(*(o for o in found if o is not None), cls='charts')
+    return Section(H2('Losses compared'), legend, charts, id='charts')
 
-# %% ../nbs/14_report.ipynb #8aedbd12
+# %% ../nbs/14_report.ipynb #f42cd4ab
 def _features(f, most=12):
     "Feature panels, and the legend that lights up a class in all of them"
     whole = {k: _points_of(f.feats[k], 8000) for k in f.table.index if k in f.feats}
@@ -344,13 +360,16 @@ def _features(f, most=12):
     panels = []
     for k in shown:
         x,t = (o[:max(300, 8000//len(shown))] for o in whole[k])
-        fig = plot_features({_wrap(k, 32): (x,t)}, vocab=f.vocab, legend=False, size=3.2, max_points=len(t))
+        fig = plot_features({_wrap(k, 32): (x,t)}, f.vocab, legend=False, size=3.2, max_points=len(t))
         for c in fig.axes[0].collections: c.set_rasterized(False)
-        panels.append(Figure(_tag(_svg(fig, f'Test features of {k}, coloured by class'), np.unique(t))))
+        svg = _svg(fig, f'Test features of {k}, coloured by class')
+        panels.append(Figure(_tag(svg, np.unique(t))))
     left = [k for k in f.labels if k not in shown]
     note = P(f"Not shown: {_list(left, 20)}.", cls='note') if left else None
-    about = 'Each point is a test image of the first seed; the badge stands at the mean of its class. Choose a class to see where it lies.'
-    return Section(H2('Features of the test images'), P(about), _class_legend(f.vocab), Div(*panels, cls='grid feats'), note, id='features')
+    about = ('Each point is a test image of the first seed; the badge stands at the mean of its class. '
+             'Choose a class to see where it lies.')
+    return Section(H2('Features of the test images'), P(about), _class_legend(f.vocab),
+                   Div(*panels, cls='grid feats'), note, id='features')
 
 def _points_of(pair, most):
     "Features and classes as arrays; None if they cannot be drawn"
@@ -360,30 +379,31 @@ def _points_of(pair, most):
 def _class_legend(vocab):
     short = max(map(len, vocab)) <= 2
     def one(i, name, s):
-        number = None if short else Small(i+1)
-        return Li(Button(_mark(s['marker'], s['color']), number, Span(name), type='button', data_c=str(i)))
+        mark, number = _mark(s['marker'], s['color']), None if short else Small(i+1)
+        return Li(Button(mark, number, Span(name), type='button', data_c=str(i)))
     items = [one(i, v, s) for i,(v,s) in enumerate(zip(vocab, class_styles(len(vocab))))]
     legend = Ul(*items, cls='legend classes')
     return legend if len(items) <= 40 else Details(Summary(f'{len(items)} classes'), legend)
 
 def _tag(svg, classes):
-    "Give what belongs to a class its number: points, badge, and the text on it, in the order of the classes"
+    "Points, badges and the text on them get the number of their class; each comes in the order of classes"
     n = svg.count('<g id="PathCollection_')
     if n in (len(classes), 2*len(classes)):
         tags = iter([*classes]*2)
         svg = re.sub(r'<g id="PathCollection_', lambda m: f'<g class="c c{next(tags)}" data-was="', svg)
         tags = iter(classes)
-        svg = re.sub(r'<text (?=style="[^"]*fill: (#ffffff|white))', lambda m: f'<text class="c c{next(tags, "")}" ', svg)
+        white = r'<text (?=style="[^"]*fill: (#ffffff|white))'
+        svg = re.sub(white, lambda m: f'<text class="c c{next(tags, "")}" ', svg)
     return Safe(svg.replace('id="PathCollection_', 'data-was="'))
 
-# %% ../nbs/14_report.ipynb #6e2377f8
+# %% ../nbs/14_report.ipynb #6b588d95
 def _confusions(f):
     "For each loss the confusion matrix and the mistakes that are most frequent"
     found = {k: f.confusion(k) for k in f.table.index if f.outputs[k]}
     if not found: return None
     parts = [_one_confusion(f, k, m, open=i == 0) for i,(k,m) in enumerate(found.items())]
-    about = ('Rows are the true classes, columns the answers; blue is right, orange is wrong, and a stronger colour is '
-             'a larger share of the row. Numbers are summed over the runs of a loss.')
+    about = ('Rows are the true classes, columns the answers; blue is right, orange is wrong, and a stronger '
+             'colour is a larger share of the row. Numbers are summed over the runs of a loss.')
     return Section(H2('Who is taken for whom'), P(about), *parts, id='confusion')
 
 def _one_confusion(f, label, m, open):
@@ -392,19 +412,26 @@ def _one_confusion(f, label, m, open):
     read = P('Touch a cell to read it.', cls='read', aria_live='polite')
     picture = Div(svg, read, _data(cells), cls='wide matrix')
     right = Small(f'{np.trace(m)/m.sum():.1%} right')
-    return Details(Summary(_loss_mark(label), Span(label), right), Div(picture, _frequent(f, m), cls='two'), open=open, cls='conf')
+    summary = Summary(_loss_mark(label), Span(label), right)
+    return Details(summary, Div(picture, _frequent(f, m), cls='two'), open=open, cls='conf')
 
 def _frequent(f, m, most=8):
     "The mistakes that are most frequent, as a list"
     off = m*(1-np.eye(len(m), dtype=int))
     order = np.argsort(-off, axis=None, kind='stable')[:most]
     pairs = [(i,j) for i,j in zip(*np.unravel_index(order, m.shape)) if off[i,j]]
-    def one(i, j): return Li(Span(f.vocab[i]), ' taken for ', Span(f.vocab[j]), Small(f' {m[i,j]} of {m[i].sum()} ({m[i,j]/m[i].sum():.1%})'))
-    return Div(P('Most frequent mistakes'), Ol(*(one(i, j) for i,j in pairs))) if pairs else P('No mistakes.')
+    def one(i, j):
+        n,total = m[i,j],m[i].sum()
+        return Li(Span(f.vocab[i]), ' taken for ', Span(f.vocab[j]), Small(f' {n} of {total} ({n/total:.1%})'))
+    if not pairs: return P('No mistakes.')
+    return Div(P('Most frequent mistakes'), Ol(*(one(i, j) for i,j in pairs)))
 
-def _data(o, **kw): return Script(Safe(json.dumps(o, separators=(',',':')).replace('<', '\\u003c')), type='application/json', **kw)
+def _data(o, **kw):
+    "Data for the script; a name that holds a tag ends nothing"
+    text = json.dumps(o, separators=(',',':')).replace('<', '\\u003c')
+    return Script(Safe(text), type='application/json', **kw)
 
-# %% ../nbs/14_report.ipynb #1e007a33
+# %% ../nbs/14_report.ipynb #233d0244
 def _per_class(f):
     "Accuracy of each class for each loss, the hardest class first"
     found = {k: f.confusion(k) for k in f.table.index if f.outputs[k]}
@@ -418,11 +445,13 @@ def _per_class(f):
     rows = []
     for i in order:
         cells = [_cell(f'{100*v[i]:.1f}', v[i], cls='heat', style=shade(v[i])) for v in acc.values()]
-        rows.append(Tr(Th(f.vocab[i], scope='row', data_v=f.vocab[i]), _cell(total[i], total[i]), *cells))
+        name = Th(f.vocab[i], scope='row', data_v=f.vocab[i])
+        rows.append(Tr(name, _cell(total[i], total[i]), *cells))
     none = [v for v,n in zip(f.vocab, total) if not n]
     note = P(f"Without test images: {_list(none, 20)}.", cls='note') if none else None
     about = 'Percent of the test images of a class that are right, mean over the runs.'
-    return Section(H2('Accuracy by class'), P(about), _sortable(_heads('class', 'test images', *acc), rows, 'tall'), note, id='classes')
+    table = _sortable(_heads('class', 'test images', *acc), rows, 'tall')
+    return Section(H2('Accuracy by class'), P(about), table, note, id='classes')
 
 def _worst(f):
     "The images that most runs get wrong"
@@ -430,23 +459,26 @@ def _worst(f):
     if not cards: return None
     about = ('Look at these first: some are hard, and some may be labelled wrongly. '
              'Below each image stand its label and the most frequent wrong answer.')
-    return Section(H2('Images that most runs get wrong'), P(about), Div(*cards, cls='grid thumbs'), id='images')
+    return Section(H2('Images that most runs get wrong'), P(about),
+                   Div(*cards, cls='grid thumbs'), id='images')
 
 def _card(m):
     pic = None
     if m['image'] is not None:
         small = max(np.shape(m['image'])[:2]) < 48
         pic = Img(src=_png(m['image']), alt=f"test image {m['id']}", cls='pixels' if small else None)
-    about = Span(m['true']), Span(f"taken for {m['taken']}", cls='taken'), Small(f"wrong in {m['wrong']} of {m['runs']} runs"), Small(m['id'])
-    return Figure(pic, Figcaption(*about))
+    taken = Span(f"taken for {m['taken']}", cls='taken')
+    often = Small(f"wrong in {m['wrong']} of {m['runs']} runs")
+    return Figure(pic, Figcaption(Span(m['true']), taken, often, Small(m['id'])))
 
-# %% ../nbs/14_report.ipynb #502cb202
+# %% ../nbs/14_report.ipynb #21b5cc5c
 def _same(values):
     "Different values, in the order of appearance, as text"
     return ', '.join(dict.fromkeys(str(v) for v in values if v not in (None, False, '', [], {})))
 
-_facts = dict(data='data', arch='network', pretrained='pretrained', weights='weights', n_feats='features', augment='augmentation',
-              epochs='epochs', bs='batch size', lr='learning rate', wd='weight decay', cbs='callbacks')
+_facts = dict(data='data', arch='network', pretrained='pretrained', weights='weights', n_feats='features',
+              augment='augmentation', epochs='epochs', bs='batch size', lr='learning rate',
+              wd='weight decay', cbs='callbacks')
 
 def _conditions(f, command):
     "What the numbers stand for, and how to get them again"
@@ -457,12 +489,15 @@ def _conditions(f, command):
     facts['classes'] = len(f.vocab)
     facts['seeds'] = ', '.join(map(str, f.seeds))
     facts['device'] = _same(r.get('device') for r in f.rows)
-    facts['training time'] = _time(sum(_finite(v for k in f.labels for v in f.values(k, 'seconds').values()))) + ' in all'
-    facts['versions'] = _same(f'{k} {v}' for r in f.rows for k,v in (r.get('versions') or {}).items())
+    facts['training time'] = _time(sum(_finite(_get(r, ['seconds']) for r in f.rows))) + ' in all'
+    versions = [o for r in f.rows for o in (r.get('versions') or {}).items()]
+    facts['versions'] = _same(f'{k} {v}' for k,v in versions)
     facts['finished'] = max(str(r.get('finished') or '') for r in f.rows)
-    losses = Details(Summary('Hyper-parameters of each loss'), _dl({k: _hparams(f, k) for k in f.labels}))
-    again = (P('The same comparison again, from a terminal:'), Pre(Code(command), cls='command')) if command else None
-    return Section(H2('Conditions'), _dl({k: v for k,v in facts.items() if v}), losses, again, id='conditions')
+    hparams = _dl({k: _hparams(f, k) for k in f.labels})
+    losses = Details(Summary('Hyper-parameters of each loss'), hparams)
+    again = P('The same comparison again, from a terminal:'), Pre(Code(command), cls='command')
+    known = _dl({k: v for k,v in facts.items() if v})
+    return Section(H2('Conditions'), known, losses, again if command else None, id='conditions')
 
 def _dl(d): return Dl(*(o for k,v in d.items() for o in (Dt(str(k)), Dd(str(v)))))
 
@@ -472,20 +507,22 @@ def _hparams(f, label):
 
 def _time(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
-# %% ../nbs/14_report.ipynb #86c89b4c
+# %% ../nbs/14_report.ipynb #9ea0a014
 def _method(f):
     "How the verdicts are made"
     noise = 'seeds and of test images' if f.by_image else 'seeds'
-    said = (f'A difference is that of the test accuracy, seed by seed. Its 95% interval counts the noise of {noise}.',
+    said = (f'A difference is that of the test accuracy, seed by seed. '
+            f'Its 95% interval counts the noise of {noise}.',
             '"Ahead" and "behind" hold after a correction for the number of losses (Holm). '
             'So an interval can leave out zero and the verdict be open.',
             f'"Equal" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
-            'Seeds that would settle a verdict are an estimate for a power of 80%. Choose their number before you run them.',
-            '± is the standard deviation over seeds. ★ is better than every other loss in its column by more than the noise; '
-            'a loss whose accuracy is far below wins none.')
+            'Seeds that would settle a verdict are an estimate for a power of 80%. '
+            'Choose their number before you run them.',
+            '± is the standard deviation over seeds. ★ is better than every other loss in its column by '
+            'more than the noise; a loss whose accuracy is far below wins none.')
     return Details(Summary('How to read this'), Ul(*map(Li, said)))
 
-# %% ../nbs/14_report.ipynb #32c256a4
+# %% ../nbs/14_report.ipynb #0a4ac4cd
 _css = '''
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --muted: #5a626c; --line: #dfe3e8;
         --card: #f5f6f8; --accent: #0a5fc2; --good: #17713a; --bad: #b3261e }
@@ -494,12 +531,14 @@ _css = '''
           --card: #1e2126; --accent: #74b3ff; --good: #6fcf8e; --bad: #ff8a80 }
 }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
 main { max-width: 1320px; margin: 0 auto; padding: 24px 20px 60px }
 h1 { font-size: 1.05rem; font-weight: 600; color: var(--muted); margin: 0 0 .4rem }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem }
 p { max-width: 60em }
-.headline { font-size: clamp(1.35rem, 1rem + 1.6vw, 2.1rem); line-height: 1.25; font-weight: 650; max-width: 34em; margin: 0 0 .8rem }
+.headline { font-size: clamp(1.35rem, 1rem + 1.6vw, 2.1rem); line-height: 1.25;
+  font-weight: 650; max-width: 34em; margin: 0 0 .8rem }
 .headline, .more { overflow-wrap: anywhere }
 .more { margin: .15rem 0 }
 .bad { color: var(--bad) }
@@ -512,7 +551,8 @@ nav a { color: var(--accent); margin-right: 1em; display: inline-block; padding:
 .wide { overflow-x: auto; max-width: 100% }
 .tall { max-height: 70vh; overflow-y: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line);
+  text-align: right; white-space: nowrap }
 th { background: var(--paper); position: sticky; white-space: normal; overflow-wrap: break-word }
 thead th { top: 0; z-index: 2; vertical-align: bottom; min-width: 5.5em; max-width: 13em }
 tbody th { left: 0; z-index: 1; font-weight: 500; min-width: 9em; max-width: 17em }
@@ -540,7 +580,8 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .2rem }
 .fig { width: 100%; max-width: var(--w); height: auto; display: block }
 .fig text { font-family: system-ui, "Segoe UI", Roboto, sans-serif !important }
 .mark { margin-right: .45em; flex: none }
-.legend { list-style: none; padding: 0; margin: .4rem 0 .8rem; display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; font-size: .88rem }
+.legend { list-style: none; padding: 0; margin: .4rem 0 .8rem; display: flex;
+  flex-wrap: wrap; gap: .15rem 1.1rem; font-size: .88rem }
 .legend li, .legend button { display: flex; align-items: center; overflow-wrap: anywhere }
 .legend small { margin-right: .4em; flex: none }
 .classes { gap: 0 .4rem }
@@ -548,7 +589,8 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .2rem }
 .legend button:hover, .legend button[aria-pressed=true] { background: var(--line) }
 .feats.on .c { opacity: .06 }
 .feats.on .hit { opacity: 1 }
-.thumbs img { width: 112px; height: 112px; object-fit: contain; background: var(--card); border-radius: 4px; display: block }
+.thumbs img { width: 112px; height: 112px; object-fit: contain;
+  background: var(--card); border-radius: 4px; display: block }
 .pixels { image-rendering: pixelated }
 .thumbs figcaption { color: var(--ink); overflow-wrap: anywhere }
 .thumbs figcaption > * { display: block; line-height: 1.3 }
@@ -560,18 +602,23 @@ summary { cursor: pointer; padding: .35rem 0; overflow-wrap: anywhere }
 summary .mark { margin-left: .3em; vertical-align: -1px }
 .conf { border-bottom: 1px solid var(--line) }
 .conf summary small { margin-left: .7em }
-.two { display: grid; grid-template-columns: minmax(0, max-content) minmax(240px, 1fr); gap: 10px 40px; padding: .4rem 0 1.2rem }
+.two { display: grid;
+  grid-template-columns: minmax(0, max-content) minmax(240px, 1fr); gap: 10px 40px; padding: .4rem 0 1.2rem }
 .two ol { padding-left: 1.4em; margin: .3rem 0 }
 .two li { overflow-wrap: anywhere; margin: .15rem 0 }
 .two li span { font-weight: 600 }
 .matrix .fig { width: var(--w); max-width: none }
 .matrix image { image-rendering: pixelated }
-.read { min-height: 1.5em; font-size: .88rem; margin: .3rem 0; color: var(--muted); position: sticky; left: 0 }
-dl { display: grid; grid-template-columns: minmax(7em, max-content) minmax(0, 1fr); gap: .25rem 1.2rem; font-size: .92rem }
+.read { min-height: 1.5em; font-size: .88rem; margin: .3rem 0;
+  color: var(--muted); position: sticky; left: 0 }
+dl { display: grid;
+  grid-template-columns: minmax(7em, max-content) minmax(0, 1fr); gap: .25rem 1.2rem; font-size: .92rem }
 dt { color: var(--muted); overflow-wrap: anywhere; max-width: 18em }
 dd { margin: 0; overflow-wrap: anywhere }
-pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere }
-.copy { float: right; font: inherit; color: var(--accent); background: none; border: 1px solid var(--line); border-radius: 5px; cursor: pointer }
+pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px;
+  white-space: pre-wrap; overflow-wrap: anywhere }
+.copy { float: right; font: inherit; color: var(--accent); background: none;
+  border: 1px solid var(--line); border-radius: 5px; cursor: pointer }
 @media (max-width: 800px) { .two { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 600px) {
   main { padding: 16px 14px 40px }
@@ -586,7 +633,7 @@ pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px; white-sp
 @media print { .tall { max-height: none } nav, .copy { display: none } }
 '''
 
-# %% ../nbs/14_report.ipynb #f17a3072
+# %% ../nbs/14_report.ipynb #4bf95f4c
 _js = '''
 const all = (s, o=document) => [...o.querySelectorAll(s)];
 
@@ -601,7 +648,8 @@ function sort(table, i) {
   heads.forEach(h => h.removeAttribute('aria-sort'));
   heads[i].setAttribute('aria-sort', up ? 'ascending' : 'descending');
   const value = row => row.cells[i].dataset.v, rows = [...body.rows];
-  const there = rows.filter(r => value(r) !== undefined), missing = rows.filter(r => value(r) === undefined);
+  const there = rows.filter(r => value(r) !== undefined);
+  const missing = rows.filter(r => value(r) === undefined);
   there.sort((r, s) => compare(value(r), value(s)) * (up ? 1 : -1));
   body.append(...there, ...missing);
 }
@@ -635,8 +683,9 @@ all('.matrix').forEach(box => {
       JSON.parse(box.querySelector('script').textContent).forEach(([i, j, n]) => rows[i][j] = n);
     }
     const r = image.getBoundingClientRect();
-    const i = Math.floor((e.clientY-r.top)/r.height*names.length), j = Math.floor((e.clientX-r.left)/r.width*names.length);
-    if (!names[i] && !rows[i] || !rows[j]) return;
+    const i = Math.floor((e.clientY-r.top)/r.height*names.length);
+    const j = Math.floor((e.clientX-r.left)/r.width*names.length);
+    if (!rows[i] || !rows[j]) return;
     const n = rows[i][j] || 0, sum = Object.values(rows[i]).reduce((a, b) => a+b, 0);
     const what = i === j ? ' recognised: ' : ' taken for ' + names[j] + ': ';
     const share = sum ? ' (' + (100*n/sum).toFixed(1) + '%)' : '';
@@ -657,7 +706,7 @@ all('pre.command').forEach(p => {
 });
 '''
 
-# %% ../nbs/14_report.ipynb #65352b17
+# %% ../nbs/14_report.ipynb #1f0fd629
 _policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 def report_html(
@@ -666,14 +715,18 @@ def report_html(
     margin:float=0.003, # What counts as equal
 ) -> str: # A whole HTML page; raises `ValueError` where no run is finished
     "The report of a comparison"
-    if not comparison.results: raise ValueError("expected a comparison with at least one finished run, got none")
+    if not comparison.results:
+        raise ValueError("expected a comparison with at least one finished run, got none")
     f = Findings(comparison, margin)
     if command is None: command = getattr(comparison, 'command', None)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph') # the browser has the letters that matplotlib's font lacks
-        sections = [_results(f), _charts(f), _features(f), _per_class(f), _confusions(f), _worst(f), _conditions(f, command)]
+        # the browser has the letters that matplotlib's font lacks
+        warnings.filterwarnings('ignore', 'Glyph')
+        parts = _results, _charts, _features, _per_class, _confusions, _worst
+        sections = [*(part(f) for part in parts), _conditions(f, command)]
     sections = [o for o in sections if o is not None]
-    title = f"{_count(len(f.labels), 'loss', 'losses')} on {_same(r['config'].get('data') for r in f.rows)}"
+    data = _same(r['config'].get('data') for r in f.rows)
+    title = f"{_count(len(f.labels), 'loss', 'losses')} on {data}"
     head = HtmlHead(Meta(charset='utf-8'), Meta(http_equiv='Content-Security-Policy', content=_policy),
                     Meta(name='viewport', content='width=device-width,initial-scale=1'),
                     Title(f'discloss: {title}'), Style(Safe(_css)))
@@ -687,7 +740,8 @@ def _said(f):
     bad = [f'{k} {why}' for k,why in f.failed.items()]
     if any(r['config'].get('test_set') == 'validation' for r in f.rows):
         bad.append('There was no test set: the test images are the validation images.')
-    return P(first, cls='headline'), *(P(o, cls='more') for o in more), *(P(o, cls='more bad') for o in bad)
+    rest = [P(o, cls='more') for o in more] + [P(o, cls='more bad') for o in bad]
+    return P(first, cls='headline'), *rest
 
 def _links(f, sections):
     csv = 'data:text/csv;charset=utf-8;base64,' + base64.b64encode(_csv(f.rows).encode()).decode()
@@ -699,7 +753,7 @@ def _csv(rows):
     rows = [{k: v for k,v in r.items() if k != 'epochs'} for r in rows]
     return pd.json_normalize(rows).to_csv(index=False)
 
-# %% ../nbs/14_report.ipynb #cfe4b56f
+# %% ../nbs/14_report.ipynb #7fb56517
 def write_report(
     comparison, # A `Comparison`
     folder:str|Path, # Where `report.html` and `runs.csv` go
@@ -709,7 +763,8 @@ def write_report(
     "Write the report of a comparison, and its runs as CSV"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {'report.html': report_html(comparison, command, margin), 'runs.csv': _csv(comparison.results)}
+    html = report_html(comparison, command, margin)
+    texts = {'report.html': html, 'runs.csv': _csv(comparison.results)}
     for name,text in texts.items():
         write_whole(folder/name, lambda part: part.write_text(text, encoding='utf-8'))
     return [folder/name for name in texts]

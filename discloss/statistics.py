@@ -181,9 +181,9 @@ def _needed(d, margin, alpha):
     if more > 100: return "more than 100 more seeds needed"
     return f"about {more} more seed{'s'*(more > 1)} needed"
 
-# %% ../nbs/09_statistics.ipynb #5b1fb280
+# %% ../nbs/09_statistics.ipynb #502b6718
 def against(
-    scores:dict, # Entry -> scores (n_seeds,), or what was right (n_seeds, n_images); or dict seed -> score
+    scores:dict, # Entry -> scores (n_seeds,), or what was right (n_seeds, n_images); or dicts by seed
     ref:str|None=None, # The reference; None: cross-entropy if it is there, else the first entry
     margin:float=0.003, # What counts as equal
     ratio:float=0., # See `paired`
@@ -203,7 +203,8 @@ def against(
         if k == ref: rows[k] |= dict(status='reference', verdict='reference')
         elif k not in known:
             gaps = [v[s].mean()-scores[ref][s].mean() for s in v if s in scores[ref]]
-            rows[k] |= dict(difference=_mean(gaps), status='open', verdict='not settled: at least 3 seeds needed')
+            few = 'not settled: at least 3 seeds needed'
+            rows[k] |= dict(difference=_mean(gaps), status='open', verdict=few)
         else:
             d = known[k]
             low, high = interval(d, 1-alpha)
@@ -265,13 +266,13 @@ def plot_differences(
         fit_ticks(ax)
     return ax.figure
 
-# %% ../nbs/09_statistics.ipynb #b3021363
+# %% ../nbs/09_statistics.ipynb #780f59d2
 def keeps_up(
     accuracy:float, # Of an entry, NaN or None where it is not finite
     best:float, # Of the best entry
     chance:float, # What guessing gives: the share of the largest class
     n:int|None=None, # Number of test images
-    share:float=0.9, # Least share of the best entry's accuracy above chance; 0.2 says whether it learned
+    share:float=0.9, # Least share of the best accuracy above chance; 0.2 says whether it learned
 ) -> bool:
     "Is an entry good enough to be compared in other columns?"
     if accuracy is None or not math.isfinite(accuracy): return False
@@ -297,7 +298,7 @@ def winner(
     best = [k for k in names if rivals[k] and all(beats(k, o) for o in rivals[k])]
     return best[0] if best else None
 
-# %% ../nbs/09_statistics.ipynb #6b8d29bf
+# %% ../nbs/09_statistics.ipynb #743a3a51
 @dataclass(frozen=True)
 class Ranks:
     "Mean ranks of entries over data sets"
@@ -322,12 +323,14 @@ def rank_test(
     scores = pd.DataFrame(scores)
     n, k = scores.shape
     if n < 2 or k < 2: raise ValueError(f"expected at least 2 data sets and 2 entries, got {n} and {k}")
-    if scores.isna().any(axis=None): raise ValueError("each entry needs a score on each data set, got NaN")
+    if scores.isna().any(axis=None):
+        raise ValueError("each entry needs a score on each data set, got NaN")
     ranks = scores.rank(axis=1, ascending=not more)
     mean = ranks.mean().sort_values(kind='stable')
     between = n*((mean-(k+1)/2)**2).sum()
     within = ((ranks-ranks.mean())**2).sum(axis=None)
-    F = between*(n-1)/within if within else math.inf # Friedman's statistic in the form of Iman and Davenport
+    # Friedman's statistic in the form of Iman and Davenport
+    F = between*(n-1)/within if within else math.inf
     p = float(stats.f(k-1, (k-1)*(n-1)).sf(F)) if between else 1.
     return Ranks(mean, n, p, critical_difference(k, n, alpha))
 
