@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['default_arch', 'default_lrs', 'one_thread_below', 'arch_name', 'find_arch', 'default_lr', 'load_weights', 'channels',
            'loss_learner', 'arch_stats', 'normalize_for', 'Watch', 'guessing', 'trouble', 'versions', 'device_name',
-           'test_loader', 'outputs', 'frozen_epochs', 'run_loss', 'multiply_adds', 'choose_threads', 'threads']
+           'test_loader', 'outputs', 'frozen_epochs', 'run_loss', 'multiply_adds', 'busy_cores', 'choose_threads',
+           'threads']
 
 # %% ../nbs/11_runs.ipynb #df9c1033
 import functools, inspect, math, os, pickle, platform, random, time
@@ -365,13 +366,20 @@ def multiply_adds(
 
 one_thread_below = 1e9 # Multiply-adds of a batch
 
+def busy_cores() -> float: # Mean number of processes that worked in the last minute
+    "What else the machine does; 0 where the system does not tell"
+    try: return os.getloadavg()[0]
+    except (OSError, AttributeError): return 0.
+
 def choose_threads(
     work:float, # Multiply-adds of a forward pass of one batch
     most:int|None=None, # What PyTorch would take; None: ask it
+    busy:float|None=None, # Cores that are busy; None: busy_cores()
 ) -> int:
-    "Threads that suit the size of the work: one for small networks, else what PyTorch takes"
+    "Threads that suit the work and the machine: one for small networks, else one for each idle core"
     most = torch.get_num_threads() if most is None else most
-    return 1 if work < one_thread_below else most
+    busy = busy_cores() if busy is None else busy
+    return 1 if work < one_thread_below else max(1, most-round(busy))
 
 @contextmanager
 def threads(

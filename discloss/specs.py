@@ -12,29 +12,36 @@ from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 
-# %% ../nbs/10_specs.ipynb #f0283774
-Entry = namedtuple('Entry', 'name cls module') # 'center', 'CenterLoss', 'discloss.losses.center'
+# %% ../nbs/10_specs.ipynb #21ee0d2d
+Entry = namedtuple('Entry', 'name cls module hparams') # 'center', 'CenterLoss', 'discloss.losses.center', ['lam', ...]
 
 def _source(module):
     "The source of a module, which is not imported for that"
     spec = importlib.util.find_spec(module)
     return spec.loader.get_source(module)
 
+_Class = namedtuple('_Class', 'module bases args') # args: names of the arguments of `__init__`, None if it has none of its own
+
+def _args(c):
+    inits = [f.args for f in c.body if isinstance(f, ast.FunctionDef) and f.name == '__init__']
+    return [a.arg for a in inits[0].args[1:] + inits[0].kwonlyargs] if inits else None
+
 def _classes(module):
-    "Class name -> names of its bases"
-    tree = ast.parse(_source(module))
-    return {c.name: [ast.unparse(b) for b in c.bases] for c in tree.body if isinstance(c, ast.ClassDef)}
+    "Class name -> where it is, the names of its bases, and its arguments"
+    found = [c for c in ast.parse(_source(module)).body if isinstance(c, ast.ClassDef)]
+    return {c.name: _Class(module, [ast.unparse(b) for b in c.bases], _args(c)) for c in found}
 
 @lru_cache(None)
 def loss_index() -> dict: # Name -> Entry, sorted by name
     "All losses of the package, from their sources"
     package = importlib.util.find_spec('discloss.losses')
     modules = [m.name for m in pkgutil.iter_modules(package.submodule_search_locations, 'discloss.losses.')]
-    classes = {c: (m,bases) for m in modules for c,bases in _classes(m).items()}
-    def is_loss(c): return c == 'DiscLoss' or any(map(is_loss, classes.get(c, ('',()))[1]))
-    def is_abstract(c): return 'ABC' in classes[c][1]
-    found = [c for c in classes if is_loss(c) and not is_abstract(c) and not c.startswith('_')]
-    index = {loss_name(c): Entry(loss_name(c), c, classes[c][0]) for c in found}
+    classes = {c: o for m in ['discloss.core', *modules] for c,o in _classes(m).items()}
+    def bases(c): return classes[c].bases if c in classes else []
+    def is_loss(c): return c == 'DiscLoss' or any(map(is_loss, bases(c)))
+    def args(c): return next(a for a in (classes[c].args, *map(args, filter(is_loss, bases(c)))) if a is not None)
+    found = [c for c in classes if is_loss(c) and c != 'DiscLoss' and 'ABC' not in bases(c) and not c.startswith('_')]
+    index = {loss_name(c): Entry(loss_name(c), c, classes[c].module, args(c)) for c in found}
     return dict(sorted(index.items()))
 
 def loss_name(
@@ -76,6 +83,18 @@ def find_loss(
     raise ValueError(f"unknown loss {name!r}: {did_you_mean(name, by_bare.values())}known are {', '.join(loss_index())}, "
                      "with hyper-parameters like center(lam=0.01)")
 
+# %% ../nbs/10_specs.ipynb #4ba82686
+_symbols = {'lambda': 'lam', 'lambda_': 'lam', 'λ': 'lam', 's': 'scale', 'm': 'margin', 'tau': 'temperature',
+            'temp': 'temperature', 'smoothing': 'label_smoothing', 'num_heads': 'n_heads', 'delta': 'margin'}
+
+def _check_names(name, kwargs):
+    known = loss_index()[name].hparams
+    for k in kwargs:
+        if k in known: continue
+        word = _symbols.get(k)
+        hint = f"{k} of the paper is {word} here: " if word in known else did_you_mean(k, known)
+        raise ValueError(f"the loss {name} has no hyper-parameter {k!r}; {hint}it has {', '.join(known) or 'none'}")
+
 # %% ../nbs/10_specs.ipynb #6c418968
 def _split(text):
     "Split at the commas that stand outside of brackets and quotes"
@@ -109,7 +128,9 @@ def read_spec(
         k,eq,v = part.partition('=')
         if not eq: raise ValueError(f"cannot read {part[:100]!r} in the loss {spec[:100]!r}: write name=value, like center(lam=0.01)")
         kwargs[k.strip()] = _value(v.strip(), f"{k.strip()} in the loss {spec[:100]!r}")
-    return find_loss(m[1]), kwargs
+    name = find_loss(m[1])
+    _check_names(name, kwargs)
+    return name, kwargs
 
 # %% ../nbs/10_specs.ipynb #fb964790
 def sweep(
@@ -119,20 +140,9 @@ def sweep(
     lists = [v if isinstance(v, list) else [v] for v in kwargs.values()]
     return [dict(zip(kwargs, values)) for values in itertools.product(*lists)]
 
-# %% ../nbs/10_specs.ipynb #4ba82686
-_symbols = {'lambda': 'lam', 'lambda_': 'lam', 'λ': 'lam', 's': 'scale', 'm': 'margin', 'tau': 'temperature',
-            'temp': 'temperature', 'smoothing': 'label_smoothing', 'num_heads': 'n_heads', 'delta': 'margin'}
-
-def _check_names(name, kwargs, known):
-    for k in kwargs:
-        if k in known: continue
-        word = _symbols.get(k)
-        hint = f"{k} of the paper is {word} here: " if word in known else did_you_mean(k, known)
-        raise ValueError(f"the loss {name} has no hyper-parameter {k!r}; {hint}it has {', '.join(known) or 'none'}")
-
+# %% ../nbs/10_specs.ipynb #f7ef88cb
 def _make(name, kwargs):
     cls = loss_class(name)
-    _check_names(name, kwargs, list(cls().hparams))
     spec = f"{name}({', '.join(f'{k}={v}' for k,v in kwargs.items())})"
     try: return cls(**kwargs)
     except TypeError as e: raise ValueError(f"the loss {spec!r} cannot be made: {e}") from e

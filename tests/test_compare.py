@@ -324,7 +324,7 @@ def test_nothing_of_an_earlier_comparison_is_overwritten(tmp_path, run):
 # ---- threads
 
 def test_small_networks_get_one_thread(monkeypatch, spied):
-    assert choose_threads(3e7, 8) == 1 and choose_threads(1e11, 8) == 8
+    assert choose_threads(3e7, 8, 0) == 1 and [choose_threads(1e11, 8, b) for b in (0, 3, 20)] == [8, 5, 1]
     before = torch.get_num_threads()
     with threads(1): assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
