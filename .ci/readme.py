@@ -1,4 +1,4 @@
-"Make README.md from nbs/index.ipynb, with its figures in index_files/, where Quarto (`nbdev_readme`) is absent."
+"Make README.md from nbs/index.ipynb, with its figures in index_files/, without Quarto."
 import re
 from pathlib import Path
 
@@ -18,6 +18,7 @@ def readme(nb_path=root/'nbs'/'index.ipynb'):
     nb = nbformat.read(nb_path, as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     nb.metadata.language_info = {'name': 'python'}
+    alts = re.findall(r'^#\|\s*fig-alt:\s*(.*)', '\n'.join(c.source for c in nb.cells), flags=re.M)
     for c in nb.cells:
         if c.cell_type != 'code': continue
         if re.match(r'#\|\s*echo:\s*false', c.source): c.source = ''
@@ -29,7 +30,8 @@ def readme(nb_path=root/'nbs'/'index.ipynb'):
         c.outputs = [o for o in c.outputs if '<IPython.core' not in str(o.get('data'))] # Style sheets of progress bars
     text, res = MarkdownExporter().from_notebook_node(nb, resources={'unique_key': 'index', 'output_files_dir': 'index_files'})
     text = re.sub(r'```python\n\s*```\n', '', text)
-    text = re.sub(r'\]\((?!https?:)([^)\s]+\.ipynb)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\((?!https?:|index_files/)([^)\s]+\.(?:ipynb|qmd|png))\)', r'](nbs/\1)', text)
+    for alt in alts: text = text.replace('![png](', f'![{alt}](', 1) # Each figure of this page has one
     text = re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
     return '<!-- Made from nbs/index.ipynb by .ci/readme.py: edit the notebook, not this file. -->\n\n' + text, res['outputs']
 
