@@ -327,7 +327,6 @@ comparisons = {
     'data that are a number':        (lambda t: compare(data=3), ('data', 'DataLoaders', 'int')),
     'a size for loaders':            (lambda t: compare(data=loaders(), size=3), ('size', 'DataLoaders')),
     'trained weights of a body':     (lambda t: compare(pretrained=True, **quick), ('small_body', 'weights=FILE')),
-    'weights that are not there':    (lambda t: compare(weights=t/'w.pth', **quick), ('w.pth', 'no file of weights')),
     'weights that are no weights':   (lambda t: (t/'w.pth').write_text('hello') and compare(weights=t/'w.pth', **quick), ('w.pth', 'not a file of weights')),
     'weights of another network':    (lambda t: torch.save(nn.Linear(2,3).state_dict(), t/'w.pth') or compare(weights=t/'w.pth', **quick), ('w.pth', 'do not fit')),
     'a callback for all runs':       (lambda t: compare(cbs=PODSchedule()), ('function', 'PODSchedule')),
@@ -405,7 +404,8 @@ def test_full_disk(tmp_path, record_property):
 
 commands = {
     'command: unknown loss':       (['--losses', 'centre'], "unknown loss 'centre'"),
-    'command: negative weight':    (['--losses', 'center(lam=-1)'], 'lam must be at least 0, got -1'),
+    'command: negative weight':    (['--losses', 'center(lam=-1)'], 'lam must be a number at least 0, got -1'),
+    'command: no file of weights': (['--weights', 'w.pth'], 'no file of weights'),
     'command: unknown data':       (['--data', 'cifra10'], "did you mean 'cifar10'?"),
     'command: unknown body':       (['--arch', 'resnet99'], "unknown arch 'resnet99'"),
     'command: no epochs':          (['--epochs', '0'], 'epochs must be a whole number, at least 1, got 0'),
@@ -416,7 +416,7 @@ commands = {
     'command: seeds in words':     (['--seeds', 'ten'], "seeds must be whole numbers separated by commas, got 'ten'"),
     'command: no report':          (['--report', 'nothing'], 'nothing holds no comparison'),
     'command: unknown option':     (['--epoch_count', '3'], 'unrecognized arguments: --epoch_count'),
-    'command: NaN as a rate':      (['--lr', 'nan'], 'lr must be positive, got nan'),
+    'command: NaN as a rate':      (['--lr', 'nan'], "lr must be positive, or 'find', got nan"),
 }
 
 @pytest.mark.parametrize('case', commands)

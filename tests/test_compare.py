@@ -151,7 +151,7 @@ def test_star_needs_every_other_loss():
     assert '*' in made(a=lead, b=good, c=bad).table()['test accuracy']['a'] and '*' not in made(a=lead, b=lead, c=bad).table().to_string()
 
 def test_star_needs_three_seeds_and_more_than_noise():
-    assert made(a=[.99,.99], b=[.1,.1]).starred() == [] and made(a=[.99,.5,.9], b=[.9,.6,.85]).starred() == []
+    assert not better([.99,.99], [.1,.1]) and made(a=[.99,.99], b=[.1,.1]).starred() == [] and made(a=[.99,.5,.9], b=[.9,.6,.85]).starred() == []
 
 def test_star_is_paired_by_seed():
     shift = np.array([0, .2, -.2])

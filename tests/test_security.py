@@ -91,7 +91,7 @@ def test_names_are_not_paths(tmp_path):
     (out/'results.jsonl').write_text(json.dumps(dict(key='../../../evil', label='../evil', config={}, epochs=[])) + '\n')
     cmp = compare({'../../evil': CenterLoss(), 'a/b|c\nd': CenterLoss(lam=0.1)}, base, epochs=1, seeds=1, show=False, out=out)
     cmp.plot()
-    table = cmp._repr_markdown_().splitlines()
+    table = cmp._repr_markdown_().split('\n\n')[0].splitlines()
     assert len(table) == 4 and len({row.replace('\\|', '').count('|') for row in table}) == 1
     assert [p.name for p in tmp_path.iterdir()] == ['a'] and [p.name for p in (tmp_path/'a'/'b').iterdir()] == ['out']
     names = [p for p in tree(out) if p not in ('results.jsonl', 'runs')]
