@@ -60,7 +60,7 @@ class PODSchedule(Callback):
         if self.epoch == 0: head.reset()
         else: head.step(self.epoch*(1/self.n_epoch if self.alpha is None else self.alpha))
 
-# %% ../nbs/22_callbacks.ipynb #d1b39e80
+# %% ../nbs/22_callbacks.ipynb #f21eaf20
 _page = '''<div id="ID" class="discloss-film"><style>
 #ID .panels { display: flex; flex-wrap: wrap; gap: 12px; }
 #ID figure { margin: 0; width: 260px; max-width: 100%; }
@@ -69,7 +69,7 @@ _page = '''<div id="ID" class="discloss-film"><style>
 #ID .controls { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 8px 0; }
 #ID input[type=range] { flex: 1 1 120px; max-width: 360px; }
 #ID .names span { margin-right: 12px; white-space: nowrap; }
-#ID .names i { display: inline-block; width: 9px; height: 9px; border-radius: 5px; margin-right: 4px; }
+#ID .names i { display: inline-block; width: 9px; height: 9px; border-radius: 5px; margin: 0 4px; }
 #ID .live { display: none; }
 #ID.runs .live { display: block; } #ID.runs .still { display: none; }
 @media print { #ID.runs .live { display: none; } #ID.runs .still { display: block; } }
@@ -81,9 +81,11 @@ _page = '''<div id="ID" class="discloss-film"><style>
 <label><input type="checkbox"> zoom to each moment</label></div><div class="names"></div></div>
 <script>(() => {
 const root = document.getElementById('ID'), data = DATA, colors = COLORS;
-const [play, time, say, zoom] = ['button', '[type=range]', 'output', '[type=checkbox]'].map(s => root.querySelector(s));
+const controls = ['button', '[type=range]', 'output', '[type=checkbox]'];
+const [play, time, say, zoom] = controls.map(s => root.querySelector(s));
 const panels = data.panels.map(p => {
-  const bytes = Uint8Array.from(atob(p.xy), c => c.charCodeAt(0)), fig = document.createElement('figure');
+  const bytes = Uint8Array.from(atob(p.xy), c => c.charCodeAt(0));
+  const fig = document.createElement('figure');
   fig.innerHTML = '<figcaption></figcaption><canvas role="img"></canvas>';
   fig.firstChild.textContent = p.title;
   fig.lastChild.setAttribute('aria-label', 'features of ' + p.title);
@@ -129,7 +131,8 @@ function draw(p) {
 }
 function show() {
   panels.forEach(draw);
-  const t = panels[0].times, at = time.value*(t.length - 1), i = Math.floor(at), j = Math.min(i + 1, t.length - 1);
+  const t = panels[0].times, last = t.length - 1, at = time.value*last;
+  const i = Math.floor(at), j = Math.min(i + 1, last);
   say.textContent = 'epoch ' + (t[i] + (t[j] - t[i])*(at - i)).toFixed(1);
 }
 let before = 0, running = false;
@@ -155,25 +158,38 @@ new ResizeObserver(show).observe(root);
 show();
 })()</script></div>'''
 
-# %% ../nbs/22_callbacks.ipynb #9cec826b
+# %% ../nbs/22_callbacks.ipynb #40107517
+_head = '''<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Features in training</title><style>
+body { font: 14px system-ui; color-scheme: light dark;
+       max-width: 60em; margin: 2em auto; padding: 1em }
+</style>'''
+
 class Film:
     "2-D features that move through training: HTML with controls, and a still"
     def __init__(self,
         panels:dict, # Title -> a FeatureFilm that has recorded
         vocab=None, # Class names; None: those of the first Learner
     ):
-        if not isinstance(panels, dict) or not panels: raise TypeError("panels must be a dict of title -> FeatureFilm, with one at least")
+        if not isinstance(panels, dict) or not panels:
+            raise TypeError("panels must be a dict of title -> FeatureFilm, with one at least")
         for k,f in panels.items():
-            if not f.frames: raise ValueError(f"the film of {k!r} has no frame yet: train with it first, learn.fit(..., cbs=film)")
-        self.panels = {str(k): (np.array(f.times), f.flat(), f.targ.numpy()) for k,f in panels.items()}
+            if not f.frames:
+                raise ValueError(f"the film of {k!r} has no frame yet: train with it first, "
+                                 f"learn.fit(..., cbs=film)")
+        self.panels = {str(k): (np.array(f.times), f.flat(), f.targ.numpy())
+                       for k,f in panels.items()}
         found = next(iter(panels.values())).vocab if vocab is None else vocab
-        self.vocab = [str(o) for o in found or range(max(t.max() for _,_,t in self.panels.values())+1)]
+        self.vocab = [str(o) for o in found
+                      or range(max(t.max() for _,_,t in self.panels.values())+1)]
 
     def _panel(self, title):
         "Points as whole numbers of two bytes: small on the page, and sharp enough for it"
         times,xy,targ = self.panels[title]
         ok = np.isfinite(xy).all((1,2))
-        if not ok.any(): raise ValueError(f"the film of {title!r} has no frame of finite features: training diverged before the first")
+        if not ok.any():
+            raise ValueError(f"the film of {title!r} has no frame of finite features: training "
+                             f"diverged before the first")
         times,xy = times[ok],xy[ok]
         mid = (xy.min((0,1))+xy.max((0,1)))/2
         half = np.abs(xy-mid).max()*1.05 or 1.
@@ -200,12 +216,14 @@ class Film:
 
     def html(self) -> str:
         "The film as one piece of HTML"
-        data = {'panels': [self._panel(k) for k in self.panels], 'names': self.vocab if len(self.vocab) <= 30 else []}
+        data = {'panels': [self._panel(k) for k in self.panels],
+                'names': self.vocab if len(self.vocab) <= 30 else []}
         text = json.dumps(data, ensure_ascii=False).replace('</', '<\\/')
         content,size = self.still()._repr_mimebundle_()
         alt = escape(f"Features of {', '.join(self.panels)} at moments of training", quote=True)
         name = 'film-' + hashlib.sha1(text.encode()).hexdigest()[:10]
-        parts = {'ID': name, 'ALT': alt, 'WIDTH': str(size['image/png']['width']), 'COLORS': json.dumps(class_colors),
+        parts = {'ID': name, 'ALT': alt, 'WIDTH': str(size['image/png']['width']),
+                 'COLORS': json.dumps(class_colors),
                  'STILL': content['image/png'], 'DATA': text}
         return re.sub('|'.join(rf'\b{k}\b' for k in parts), lambda m: parts[m.group()], _page)
 
@@ -213,14 +231,12 @@ class Film:
         file, # An .html file
     ):
         "Write a page of its own"
-        head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Features in training</title>'
-        style = '<style>body { font: 14px system-ui; color-scheme: light dark; max-width: 900px; margin: 2em auto; padding: 0 1em }</style>'
-        Path(file).write_text(head + style + self.html(), encoding='utf-8')
+        Path(file).write_text(_head + self.html(), encoding='utf-8')
 
     def _repr_html_(self): return self.html()
     def _repr_png_(self): return self.still().png()
 
-# %% ../nbs/22_callbacks.ipynb #cb013a66
+# %% ../nbs/22_callbacks.ipynb #eb44ae54
 class FeatureFilm(Callback):
     "Record the features of some validation images while training goes on; shows itself as a film"
     order = 46 # After the batch's step, before Recorder
@@ -230,7 +246,8 @@ class FeatureFilm(Callback):
         head:str|None=None, # Name of the layer whose input is taken; None: what find_head finds
         dl=None, # Labelled images; None: the validation set
     ):
-        if n < 2 or moments < 2: raise ValueError(f"n and moments must be at least 2, got {n} and {moments}")
+        if n < 2 or moments < 2:
+            raise ValueError(f"n and moments must be at least 2, got {n} and {moments}")
         self.n,self.moments,self.head,self.dl = n,moments,head,dl
         self.frames,self.times,self.targ,self.vocab = [],[],None,None
         self._batches,self._steps,self._done,self._start = None,(),0,0.
@@ -262,7 +279,7 @@ class FeatureFilm(Callback):
         "Keep no images"
         self._batches = None
 
-# %% ../nbs/22_callbacks.ipynb #416cad8f
+# %% ../nbs/22_callbacks.ipynb #0b600c7a
 @patch
 def _some(self:FeatureFilm):
     "Whole batches with n images or a few more, on the CPU"
@@ -279,7 +296,8 @@ def _record(self:FeatureFilm):
     feats,_,targ = get_features(self.learn.model, self._batches, self.head)
     if targ is None: raise ValueError("FeatureFilm needs labels to colour the images")
     if self.frames and self.frames[0].shape[1] != feats.shape[1]:
-        raise ValueError(f"the film has features of width {self.frames[0].shape[1]}, now they have {feats.shape[1]}: take a new FeatureFilm")
+        raise ValueError(f"the film has features of width {self.frames[0].shape[1]}, now they "
+                         f"have {feats.shape[1]}: take a new FeatureFilm")
     self.targ = targ[:self.n]
     self.frames.append(feats[:self.n])
     self.times.append(self._start + self._done/max(1, len(self.learn.dls.train)))

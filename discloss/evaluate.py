@@ -4,7 +4,7 @@
 __all__ = ['Embeddings', 'retrieval', 'Verification', 'verification', 'fit_scores', 'unknown_table', 'Evaluation', 'plot_roc',
            'evaluate', 'embed', 'Neighbors', 'nearest']
 
-# %% ../nbs/21_evaluate.ipynb #73e4920a
+# %% ../nbs/21_evaluate.ipynb #c906ea52
 from collections import namedtuple
 from contextlib import nullcontext
 from functools import cached_property
@@ -26,10 +26,12 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from .core import check_inputs, find_head
-from .geometry import (calibration_error, class_moments, get_features, knn_accuracy, ncm_accuracy, nearest_mean,
+from .geometry import (calibration_error, class_moments, get_features, knn_accuracy,
+                               ncm_accuracy, nearest_mean,
                                reliability)
 from .losses.lgm import LGMHead
-from .plot import class_colors, fit_ticks, ink, plot_axes, plot_confusion, plot_reliability, plot_style
+from .plot import (class_colors, fit_ticks, ink, plot_axes, plot_confusion,
+                           plot_reliability, plot_style)
 
 # %% ../nbs/21_evaluate.ipynb #02c651da
 _metrics = 'cosine', 'euclidean'
@@ -96,7 +98,7 @@ def retrieval(
     recalls = {f'recall@{k}': (ahead < k).double().mean().item() for k in ks}
     return {**recalls, 'mAP': precision.mean().item()}
 
-# %% ../nbs/21_evaluate.ipynb #f5ee4f97
+# %% ../nbs/21_evaluate.ipynb #52a2686b
 class Verification:
     "Accepted pairs at each threshold"
     def __init__(self,
@@ -152,14 +154,16 @@ def verification(
         cell = ((sim-lo)/(hi-lo)*bins).long().clamp_(0, bins-1)
         once = torch.ones_like(cell, dtype=torch.bool).triu(1) # Each pair once, none with itself
         same = targ[i:i+len(rows),None] == targ[i:]
-        for row,which in zip(counts, (same, ~same)): row += torch.bincount(cell[once & which], minlength=bins)
+        for row,which in zip(counts, (same, ~same)):
+            row += torch.bincount(cell[once & which], minlength=bins)
     used = counts.sum(0).nonzero()[:,0].flip(0)
     with np.errstate(invalid='ignore'):
-        tar,far = (c[used].cumsum(0).numpy()/c.sum().item() if c.any() else np.full(len(used), np.nan) for c in counts)
+        tar,far = (c[used].cumsum(0).numpy()/c.sum().item() if c.any()
+                   else np.full(len(used), np.nan) for c in counts)
     edges = lo + (hi-lo)*used.numpy()/bins
     return Verification(np.append(np.inf, edges), np.append(0, tar), np.append(0, far))
 
-# %% ../nbs/21_evaluate.ipynb #b1f24add
+# %% ../nbs/21_evaluate.ipynb #454996ab
 def _kth_similarity(x, train, k, metric):
     "Similarity of each row to the k-th most similar row of train"
     both = _prepared(torch.cat([train, x]), metric)
@@ -170,7 +174,8 @@ def _kth_similarity(x, train, k, metric):
 def fit_scores(
     feats:Tensor, # Shape (n, d)
     logits:Tensor, # Shape (n, classes)
-    train:tuple|None=None, # Features and labels of training images; None: no class means and no neighbours
+    # Features and labels of training images; None: no class means and no neighbours
+    train:tuple|None=None,
     head:nn.Module|None=None, # The model's head, for its likelihood
     k:int=5, # Which neighbour
     metric:str='cosine', # 'cosine' or 'euclidean', for neighbours
@@ -181,9 +186,11 @@ def fit_scores(
         means = class_moments(*train).means
         own = means[nearest_mean(feats, means)]
         res['class mean'] = -(feats.double()-own).norm(dim=1)
-        if not 1 <= k <= len(train[0]): raise ValueError(f"k must be in 1..{len(train[0])}, the number of training images, got {k}")
+        if not 1 <= k <= len(train[0]):
+            raise ValueError(f"k must be in 1..{len(train[0])}, the number of training images, "
+                             f"got {k}")
         res['neighbours'] = _kth_similarity(feats, train[0], k, metric)
-    # logits of the mixture are log densities and log priors: their log-sum-exp is the log likelihood
+    # logits of the mixture are log densities plus log priors
     if isinstance(head, LGMHead): res['likelihood'] = torch.logsumexp(logits.double(), 1)
     return res
 
@@ -191,7 +198,7 @@ def unknown_table(
     known:dict, # Name -> scores of known inputs, as fit_scores gives them
     unknown:dict, # Name -> scores of unknown inputs
     accept:float=0.95, # Share of known inputs to accept, in (0, 1]
-) -> pd.DataFrame: # A row for each score: AUROC, threshold, share of known and of unknown inputs accepted
+) -> pd.DataFrame: # For each score AUROC, threshold, and the accepted shares of known and unknown
     "How well scores tell unknown inputs from known ones"
     if not 0 < accept <= 1: raise ValueError(f"accept must be in (0, 1], got {accept}")
     rows = {}
@@ -199,31 +206,35 @@ def unknown_table(
         a,b = a.numpy(),unknown[name].numpy()
         threshold = np.quantile(a, 1-accept, method='lower')
         auroc = roc_auc_score(np.repeat([1,0], [len(a),len(b)]), np.concatenate([a,b]))
-        rows[name] = {'AUROC': auroc, 'threshold': threshold, 'known accepted': (a >= threshold).mean(),
+        rows[name] = {'AUROC': auroc, 'threshold': threshold,
+                      'known accepted': (a >= threshold).mean(),
                       'unknown accepted': (b >= threshold).mean()}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/21_evaluate.ipynb #7c8f2371
+# %% ../nbs/21_evaluate.ipynb #d0258e2b
 def _model(learn): return learn if isinstance(learn, nn.Module) else learn.model
 
 def _train_loader(dls):
     "The training images in their order, and a context in which they are not augmented"
     ds = dls.train.dataset
     calm = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
-    if isinstance(dls.train, FastaiLoader): return dls.valid.new(ds, shuffle=False, drop_last=False), calm
+    if isinstance(dls.train, FastaiLoader):
+        return dls.valid.new(ds, shuffle=False, drop_last=False), calm
     return DataLoader(ds, dls.train.batch_size, collate_fn=dls.train.collate_fn), calm
 
 def _loader(dl, what):
-    if isinstance(dl, DataLoaders): raise TypeError(f"{what} must be one loader, got DataLoaders: give dls.valid, for example")
+    if isinstance(dl, DataLoaders):
+        raise TypeError(f"{what} must be one loader, got DataLoaders: give dls.valid, for example")
     return dl
 
 def _labelled(learn, dl, what, head):
     feats,logits,targ = get_features(_model(learn), _loader(dl, what), head)
-    if targ is None: raise ValueError(f"{what} must give labels: batches (x, y), or a dict with 'labels'")
+    if targ is None:
+        raise ValueError(f"{what} must give labels: batches (x, y), or a dict with 'labels'")
     check_inputs(targ, values=True, feats=feats, logits=logits)
     return feats, logits, targ.long()
 
-# %% ../nbs/21_evaluate.ipynb #15f1133d
+# %% ../nbs/21_evaluate.ipynb #d6f42249
 class Evaluation:
     "What evaluate found: table(), plot(), recalls, confusion, confused(), unknown, verification"
     def __init__(self,
@@ -245,14 +256,16 @@ class Evaluation:
         n = self.logits.shape[1]
         most = int(self.targ.max())
         if most >= n:
-            raise ValueError(f"labels must be in 0..{n-1} ({n} classes), got {most}: give images of other classes as unseen=...")
-        if vocab is not None and len(vocab) != n: raise ValueError(f"vocab must have {n} names, got {len(vocab)}")
+            raise ValueError(f"labels must be in 0..{n-1} ({n} classes), got {most}: give images "
+                             f"of other classes as unseen=...")
+        if vocab is not None and len(vocab) != n:
+            raise ValueError(f"vocab must have {n} names, got {len(vocab)}")
         self.vocab = [str(o) for o in (range(n) if vocab is None else vocab)]
         self.pred,self.probs = self.logits.argmax(1),F.softmax(self.logits.double(), 1)
 
     def __repr__(self): return f'Evaluation({len(self.targ)} images, accuracy {self.accuracy:.4f})'
 
-# %% ../nbs/21_evaluate.ipynb #9092b856
+# %% ../nbs/21_evaluate.ipynb #8bfddd73
 @patch(as_prop=True)
 def accuracy(self:Evaluation) -> float:
     "Share of images whose largest logit is right"
@@ -263,13 +276,15 @@ def confusion(self:Evaluation) -> pd.DataFrame:
     "Counts: rows are true classes, columns predictions"
     n = len(self.vocab)
     counts = torch.bincount(self.targ*n + self.pred, minlength=n*n).view(n, n)
-    return pd.DataFrame(counts.numpy(), pd.Index(self.vocab, name='true'), pd.Index(self.vocab, name='predicted'))
+    return pd.DataFrame(counts.numpy(), pd.Index(self.vocab, name='true'),
+                        pd.Index(self.vocab, name='predicted'))
 
 @patch(as_prop=True)
 def recalls(self:Evaluation) -> pd.Series:
     "Recall of each class; NaN where it has no image"
     m = self.confusion.to_numpy()
-    with np.errstate(invalid='ignore'): return pd.Series(m.diagonal()/m.sum(1), self.vocab, name='recall')
+    with np.errstate(invalid='ignore'):
+        return pd.Series(m.diagonal()/m.sum(1), self.vocab, name='recall')
 
 @patch
 def confused(self:Evaluation,
@@ -283,7 +298,7 @@ def confused(self:Evaluation,
     res = pd.DataFrame({'true': names[i], 'predicted': names[j], 'images': m[i,j]})
     return res[res.images > 0]
 
-# %% ../nbs/21_evaluate.ipynb #dfc008ce
+# %% ../nbs/21_evaluate.ipynb #5b50191d
 @patch
 def classification(self:Evaluation) -> dict:
     "Measures of the classifier, and of simpler ones on its features"
@@ -293,7 +308,8 @@ def classification(self:Evaluation) -> dict:
            'calibration error': calibration_error(self.probs, self.targ)}
     if self.train is None: return res
     res['nearest mean accuracy'] = ncm_accuracy(*self.train, self.feats, self.targ)
-    res[f'{self.neighbors} neighbours accuracy'] = knn_accuracy(*self.train, self.feats, self.targ, self.neighbors, self.metric)
+    res[f'{self.neighbors} neighbours accuracy'] = knn_accuracy(*self.train, self.feats, self.targ,
+                                                                self.neighbors, self.metric)
     return res
 
 @patch
@@ -316,7 +332,8 @@ def embedding(self:Evaluation,
 @patch(as_prop=True)
 def scores(self:Evaluation) -> tuple:
     "Scores of known and of unknown inputs, by name"
-    def scores(feats, logits): return fit_scores(feats, logits, self.train, self.head, self.neighbors, self.metric)
+    def scores(feats, logits):
+        return fit_scores(feats, logits, self.train, self.head, self.neighbors, self.metric)
     return scores(self.feats, self.logits), scores(*self.unknown_inputs)
 
 @patch(as_prop=True)
@@ -324,7 +341,7 @@ def unknown(self:Evaluation) -> pd.DataFrame|None:
     "AUROC, threshold and accepted shares of each score; None without unknown inputs"
     return None if self.unknown_inputs is None else unknown_table(*self.scores, self.accept)
 
-# %% ../nbs/21_evaluate.ipynb #4d2c7899
+# %% ../nbs/21_evaluate.ipynb #889cfd87
 @patch
 def table(self:Evaluation) -> pd.DataFrame:
     "All measures, by group"
@@ -333,7 +350,8 @@ def table(self:Evaluation) -> pd.DataFrame:
     if self.unknown is not None:
         for name,row in self.unknown.iterrows():
             groups[f'unknown inputs, {name}'] = {
-                'AUROC': row.AUROC, f'threshold that accepts {self.accept:.0%} of the known': row.threshold,
+                'AUROC': row.AUROC,
+                f'threshold that accepts {self.accept:.0%} of the known': row.threshold,
                 'unknown accepted': row['unknown accepted']}
     rows = {(g,k): float(v) for g,d in groups.items() for k,v in d.items()}
     return pd.Series(rows, name='value').rename_axis(['','measure']).to_frame()
@@ -350,7 +368,7 @@ for _name in 'confusion','scores','unknown':
     _once.__set_name__(Evaluation, _name)
     setattr(Evaluation, _name, _once)
 
-# %% ../nbs/21_evaluate.ipynb #374118ba
+# %% ../nbs/21_evaluate.ipynb #f2395115
 def plot_roc(
     curves:dict, # Name -> a Verification
     title:str|None='Pairs of images', # Title of the panel
@@ -359,8 +377,10 @@ def plot_roc(
     "True accepts against false accepts, on a logarithmic axis"
     if ax is None: _,ax = plot_axes()
     with plot_style():
-        for (name,v),c in zip(curves.items(), class_colors): ax.plot(v.far, v.tar, color=c, lw=1.8, label=f'{name}: EER {v.eer:.3f}')
-        ax.set(xscale='log', xlim=(1e-4,1), ylim=(0,1.02), xlabel='false accepts', ylabel='true accepts')
+        for (name,v),c in zip(curves.items(), class_colors):
+            ax.plot(v.far, v.tar, color=c, lw=1.8, label=f'{name}: EER {v.eer:.3f}')
+        ax.set(xscale='log', xlim=(1e-4,1), ylim=(0,1.02), xlabel='false accepts',
+               ylabel='true accepts')
         ax.set_title(title, fontsize=10, color=ink, weight='bold')
         ax.grid(color=ink, alpha=0.25, lw=0.8)
         ax.legend(loc='best', fontsize=8, labelcolor=ink, frameon=False)
@@ -376,7 +396,8 @@ def plot_unknown(self:Evaluation, ax):
         ax.hist(x, edges, weights=np.full(len(x), 1/len(x)), color=c, alpha=0.6, label=name)
     ax.axvline(self.unknown.threshold[best], color=ink, lw=1, ls='--')
     ax.set(xlabel=f'{best} (dashed: threshold)', ylabel='share')
-    ax.set_title(f'Unknown inputs: AUROC {self.unknown.AUROC[best]:.3f}', fontsize=10, color=ink, weight='bold')
+    ax.set_title(f'Unknown inputs: AUROC {self.unknown.AUROC[best]:.3f}', fontsize=10, color=ink,
+                 weight='bold')
     ax.legend(fontsize=8, labelcolor=ink, frameon=False)
     fit_ticks(ax, 4)
 
@@ -398,16 +419,18 @@ def plot(self:Evaluation):
 
 @patch
 def _repr_html_(self:Evaluation):
-    picture = self.plot()._repr_mimebundle_()
-    size,png = picture[1]['image/png'],picture[0]['image/png']
-    return (self.table().to_html(float_format='{:.4f}'.format) + f'<img width="{size["width"]}" alt="Confusion matrix, '
-            f'reliability diagram, ROC curve of pairs, and scores of unknown inputs" src="data:image/png;base64,{png}">')
+    content,size = self.plot()._repr_mimebundle_()
+    alt = 'Confusion matrix, reliability diagram, ROC curve of pairs, and scores of unknown inputs'
+    source = f"data:image/png;base64,{content['image/png']}"
+    picture = f"""<img width="{size['image/png']['width']}" alt="{alt}" src="{source}">"""
+    return self.table().to_html(float_format='{:.4f}'.format) + picture
 
-# %% ../nbs/21_evaluate.ipynb #ddb04c5c
+# %% ../nbs/21_evaluate.ipynb #8b29d2a6
 def evaluate(
     learn, # A fastai Learner, or a model
     dl=None, # Labelled images of known classes; None: the Learner's validation set
-    train=None, # Labelled training images, for means and neighbours; None: the Learner's; False: none
+    # Labelled training images, for means and neighbours; None: the Learner's; False: none
+    train=None,
     unseen=None, # Labelled images of classes that training did not see, with labels of their own
     unknown=None, # Images of no known class, with or without labels
     vocab=None, # Class names; None: the Learner's
@@ -420,20 +443,24 @@ def evaluate(
 ) -> Evaluation: # Shows a table and a picture
     "Classification, calibration, retrieval, verification and unknown inputs in one call"
     for name,v in {'far': far, 'accept': accept}.items():
-        if not isinstance(v, Real) or not 0 < v <= 1: raise ValueError(f"{name} must be in (0, 1], got {v!r}")
+        if not isinstance(v, Real) or not 0 < v <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {v!r}")
     if metric not in _metrics: raise ValueError(f"metric must be one of {_metrics}, got {metric!r}")
     dls = getattr(learn, 'dls', None)
     if dl is None and dls is None: raise TypeError("a model needs dl=..., the images to evaluate")
     calm = nullcontext()
     if train is None and dls is not None: train,calm = _train_loader(dls)
     known = _labelled(learn, dls.valid if dl is None else dl, 'dl', head)
-    if vocab is None and len(getattr(dls, 'vocab', ())) == known[1].shape[1]: vocab = list(dls.vocab)
+    if vocab is None and len(getattr(dls, 'vocab', ())) == known[1].shape[1]:
+        vocab = list(dls.vocab)
     with calm: train = _labelled(learn, train, 'train', head)[::2] if train else None
     if unseen is not None: unseen = _labelled(learn, unseen, 'unseen', head)[::2]
-    if unknown is not None: unknown = get_features(_model(learn), _loader(unknown, 'unknown'), head)[:2]
-    return Evaluation(known, train, unseen, unknown, vocab, find_head(_model(learn), head), k, far, accept, neighbors, metric)
+    if unknown is not None:
+        unknown = get_features(_model(learn), _loader(unknown, 'unknown'), head)[:2]
+    return Evaluation(known, train, unseen, unknown, vocab, find_head(_model(learn), head), k, far,
+                      accept, neighbors, metric)
 
-# %% ../nbs/21_evaluate.ipynb #b13a9d88
+# %% ../nbs/21_evaluate.ipynb #538495c8
 Embeddings = namedtuple('Embeddings', 'feats targ items')
 
 def _is_image(o): return isinstance(o, (Image.Image, np.ndarray))
@@ -465,26 +492,32 @@ def _opened(o):
     return o.convert('RGB')
 
 def _batches(items, transform, bs):
-    for i in range(0, len(items), bs): yield torch.stack([transform(_opened(o)) for o in items[i:i+bs]])
+    for i in range(0, len(items), bs):
+        yield torch.stack([transform(_opened(o)) for o in items[i:i+bs]])
 
 def embed(
     learn, # A fastai Learner, or a model
-    items, # A loader, a folder, files, PIL images, arrays, or a batch of model inputs (n, channels, height, width)
-    transform=None, # For a model without Learner: PIL image -> tensor, for example torchvision's transforms
+    # A loader, a folder, files, PIL images, arrays, or a batch of model inputs (n, channels,
+    # height, width)
+    items,
+    # For a model without Learner: PIL image -> tensor, for example torchvision's transforms
+    transform=None,
     bs:int=64, # Images at a time
     head:str|None=None, # Name of the layer whose input is the features; None: what find_head finds
 ) -> Embeddings: # feats (n, d); targ (n,) or None without labels; items: files or images, or None
     "Features of images, labelled or not"
     model,found = _model(learn),_items(items)
     if found is None:
-        feats,_,targ = get_features(model, [items] if isinstance(items, Tensor) else _loader(items, 'items'), head)
+        dl = [items] if isinstance(items, Tensor) else _loader(items, 'items')
+        feats,_,targ = get_features(model, dl, head)
         return Embeddings(feats, targ, None)
     if transform is not None: dl = _batches(found, transform, bs)
     elif hasattr(learn, 'dls'): dl = learn.dls.test_dl(found, bs=bs, num_workers=0)
-    else: raise TypeError("a model without Learner needs transform=..., from a PIL image to a tensor")
+    else:
+        raise TypeError("a model without Learner needs transform=..., from a PIL image to a tensor")
     return Embeddings(get_features(model, dl, head)[0], None, found)
 
-# %% ../nbs/21_evaluate.ipynb #8409162e
+# %% ../nbs/21_evaluate.ipynb #02af988a
 def _pixels(o):
     "Something that imshow draws: (height, width[, 3]) in [0, 1]"
     if isinstance(o, (tuple,list)): o = o[0]
@@ -495,14 +528,16 @@ def _pixels(o):
     return (a-a.min())/max(np.ptp(a), 1e-9)
 
 class Neighbors:
-    "The nearest pictures of some queries: index and similarity, shape (queries, k), and names; plot() shows them"
+    "The nearest pictures of some queries; plot() shows them"
     def __init__(self,
         index:Tensor, # Places in the gallery, shape (queries, k)
         similarity:Tensor, # Similarities, the same shape
         names:list, # For each query a list of k class names
         pictures, # Function of a place in the gallery that gives a picture
         queries, # Function of the number of a query that gives a picture
-    ): self.index,self.similarity,self.names,self.pictures,self.queries = index,similarity,names,pictures,queries
+    ):
+        self.index,self.similarity,self.names = index,similarity,names
+        self.pictures,self.queries = pictures,queries
 
     def plot(self,
         most:int=8, # At most so many queries
@@ -513,7 +548,8 @@ class Neighbors:
         for i in range(rows):
             for j,ax in enumerate(axs[i]):
                 ax.set_axis_off()
-                ax.imshow(_pixels(self.queries(i) if j == 0 else self.pictures(int(self.index[i,j-1]))), cmap='gray')
+                ax.imshow(_pixels(self.queries(i) if j == 0
+                                  else self.pictures(int(self.index[i,j-1]))), cmap='gray')
                 title = 'query' if j == 0 else f'{self.names[i][j-1]}\n{self.similarity[i,j-1]:.3f}'
                 ax.set_title(title, fontsize=8, color=ink)
         return fig
@@ -539,12 +575,14 @@ def nearest(
 ) -> Neighbors: # Shows the pictures
     "The nearest training pictures of each query"
     dls,calm = getattr(learn, 'dls', None),nullcontext()
-    if gallery is None and dls is None: raise TypeError("a model without Learner needs gallery=..., where to look")
+    if gallery is None and dls is None:
+        raise TypeError("a model without Learner needs gallery=..., where to look")
     if gallery is None: gallery,calm = _train_loader(dls)
     with calm: there = embed(learn, gallery, transform, head=head)
     here = embed(learn, query, transform, head=head)
     n = len(there.feats)
-    if not 1 <= k <= n: raise ValueError(f"k must be in 1..{n}, the number of pictures to look at, got {k}")
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in 1..{n}, the number of pictures to look at, got {k}")
     x = _prepared(torch.cat([there.feats, here.feats]), metric)
     found = [_similarity(o, x[:n], metric).topk(k, 1) for o in x[n:].split(max(1, 2**21//n))]
     similarity,index = (torch.cat(o) for o in zip(*found))
@@ -553,4 +591,5 @@ def nearest(
         if there.targ is None: return '' if there.items is None else Path(str(there.items[i])).stem
         return str(there.targ[i].item() if vocab is None else vocab[int(there.targ[i])])
     names = [[name(i) for i in row] for row in index.tolist()]
-    return Neighbors(index, similarity, names, _pictures(there.items, gallery), _pictures(here.items, query))
+    return Neighbors(index, similarity, names, _pictures(there.items, gallery),
+                     _pictures(here.items, query))

@@ -25,7 +25,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from .core import check_inputs, find_head
 
-# %% ../nbs/04_geometry.ipynb #d557457a
+# %% ../nbs/04_geometry.ipynb #0daa192c
 def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t
 
 _label_names = 'labels', 'label', 'targets', 'target', 'targ', 'y'
@@ -39,7 +39,8 @@ def _named_inputs(batch, model):
     named = {k: v for k,v in batch.items() if k in params}
     if named: return (), named, targ
     if len(batch) == 1: return tuple(batch.values()), {}, targ
-    raise ValueError(f"the model takes {list(params)}, and the batch has none of them: {list(batch)}")
+    raise ValueError(f"the model takes {list(params)}, and the batch has none of them: "
+                     f"{list(batch)}")
 
 def _inputs(batch, model, n_inp=None):
     "Arguments, keyword arguments and labels (or None) of a batch"
@@ -47,15 +48,17 @@ def _inputs(batch, model, n_inp=None):
     if isinstance(batch, Tensor): return (batch,), {}, None
     if not isinstance(batch, (tuple,list)) or not batch or isinstance(batch[0], (str,Path)):
         raise TypeError("a batch must be tensors (x, y), (x,) or x, or a dict of tensors, "
-                        f"got {type(batch).__name__}; discloss.evaluate.embed takes files and folders")
+                        f"got {type(batch).__name__}; discloss.evaluate.embed takes files and "
+                        f"folders")
     n = n_inp or max(1, len(batch)-1)
     xs,ys = batch[:n],batch[n:]
-    if len(ys) > 1: raise ValueError(f"a batch must have one label, got {len(ys)} after {n} input(s)")
+    if len(ys) > 1:
+        raise ValueError(f"a batch must have one label, got {len(ys)} after {n} input(s)")
     if ys and not isinstance(ys[0], Tensor):
         raise TypeError(f"labels must be a tensor, one for each sample, got {type(ys[0]).__name__}")
     return tuple(xs), {}, ys[0] if ys else None
 
-# %% ../nbs/04_geometry.ipynb #8a3a6830
+# %% ../nbs/04_geometry.ipynb #7e1f5687
 def _feats(x, n_in=None):
     x = _plain(x.detach()).cpu()
     if x.dtype != torch.float64: x = x.float()
@@ -70,7 +73,8 @@ def _logits(pred):
     if isinstance(pred, Mapping): pred = pred.get('logits')
     elif hasattr(pred, 'logits'): pred = pred.logits
     elif isinstance(pred, (tuple,list)): pred = pred[0]
-    if not isinstance(pred, Tensor): raise TypeError("the model must return logits, alone, first or by name")
+    if not isinstance(pred, Tensor):
+        raise TypeError("the model must return logits, alone, first or by name")
     pred = _plain(pred.detach()).cpu()
     return pred if pred.dtype == torch.float64 else pred.float()
 
@@ -78,16 +82,20 @@ def _joined(parts):
     if any(o is None for o in parts): return None
     return torch.cat(parts)
 
-# %% ../nbs/04_geometry.ipynb #18184924
+# %% ../nbs/04_geometry.ipynb #6a33619f
 def get_features(
     model:nn.Module, # A classifier, or a fastai Learner
     dl, # Any iterable of batches: (x, y), (x,), x, (x1, x2, y), or a dict of tensors
-    head:str|nn.Module|None=None, # The layer whose input is wanted, or its name; None: what find_head finds
-) -> tuple: # (feats, logits, targ) on the CPU: (n, d), (n, classes), and labels (n,), or None without labels
+    # The layer whose input is wanted, or its name; None: what find_head finds
+    head:str|nn.Module|None=None,
+) -> tuple: # On the CPU: feats (n, d), logits (n, classes), and labels (n,) or None
     "Features, logits and labels of all samples; the model runs in eval mode and is left as it was"
     if not isinstance(model, nn.Module): model = getattr(model, 'model', model)
-    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module or a Learner, got {type(model).__name__}")
-    if isinstance(dl, DataLoaders): raise TypeError("dl must be one loader, got DataLoaders: give dls.valid or dls.test_dl(items)")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module or a Learner, got {type(model).__name__}")
+    if isinstance(dl, DataLoaders):
+        raise TypeError("dl must be one loader, got DataLoaders: give dls.valid or "
+                        "dls.test_dl(items)")
     device = next((p.device for p in model.parameters()), 'cpu')
     modes,seen,out,hook = [(m,m.training) for m in model.modules()],[],[],None
     try:
@@ -98,10 +106,13 @@ def get_features(
                 args = tuple(_plain(to_device(o, device)) for o in args)
                 kwargs = {k: _plain(to_device(o, device)) for k,o in kwargs.items()}
                 if hook is None:
-                    layer = head if isinstance(head, nn.Module) else find_head(model, head, *args[:1])
+                    named = not isinstance(head, nn.Module)
+                    layer = find_head(model, head, *args[:1]) if named else head
                     hook = layer.register_forward_pre_hook(lambda m,a: seen.append(a[0]))
                 logits = _logits(model(*args, **kwargs))
-                if not seen: raise ValueError(f"the model did not use its layer {type(layer).__name__}: name another with head=...")
+                if not seen:
+                    raise ValueError(f"the model did not use its layer {type(layer).__name__}: "
+                                     f"name another with head=...")
                 targ = None if targ is None else _plain(targ).cpu()
                 out.append((_feats(seen[-1], _width(layer)), logits, targ))
                 seen.clear()
@@ -111,7 +122,7 @@ def get_features(
     if not out: raise ValueError("the loader gave no batch: there are no features of no samples")
     return tuple(_joined(o) for o in zip(*out))
 
-# %% ../nbs/04_geometry.ipynb #cfbbfc18
+# %% ../nbs/04_geometry.ipynb #3f195d1f
 def _check(feats, targ, n_out=None):
     feats,targ = _plain(feats),_plain(targ)
     check_inputs(targ, n_out=n_out, values=True, feats=feats)
@@ -128,7 +139,7 @@ def class_moments(
     feats:Tensor, # Shape (n, d), floating point
     targ:Tensor, # Class indices, shape (n,)
     n_out:int|None=None, # Number of classes; None: the largest label and one
-) -> Moments: # n (classes,), and in float64 means (classes, d) and var (classes,); NaN for classes without samples
+) -> Moments: # n (classes,), and in float64 means (classes, d) and var (classes,); NaN where n is 0
     "Number of samples, mean, and variance (mean squared distance to the mean) of each class"
     feats,targ = _check(feats, targ, n_out)
     n = torch.bincount(targ, minlength=n_out or 0)
@@ -141,14 +152,15 @@ def class_moments(
     for x,y in _chunks(feats, targ): var.index_add_(0, y, (x-means[y]).square().sum(1))
     return Moments(n, means, var/n)
 
-# %% ../nbs/04_geometry.ipynb #0353fc03
+# %% ../nbs/04_geometry.ipynb #db014c2d
 class Geometry:
     "Measures of labelled features; the moments of the classes are computed once"
     def __init__(self,
         feats:Tensor, # Shape (n, d), floating point and finite
         targ:Tensor, # Class indices, shape (n,)
         logits:Tensor|None=None, # Shape (n, classes); None: nc4 and ece are NaN
-        weight:Tensor|None=None, # The classifier's weight, shape (classes, d); None or another shape: nc3 is NaN
+        # The classifier's weight, shape (classes, d); None or another shape: nc3 is NaN
+        weight:Tensor|None=None,
     ):
         n_out = None
         if logits is not None:
@@ -165,7 +177,8 @@ class Geometry:
         self.centered = means - self.origin
 
     def _rows(self): return _chunks(self.feats, self.targ)
-    def __repr__(self): return f'Geometry(n={len(self.feats)}, d={self.feats.shape[1]}, classes={self.n_classes})'
+    def __repr__(self):
+        return f'Geometry(n={len(self.feats)}, d={self.feats.shape[1]}, classes={self.n_classes})'
 
 # %% ../nbs/04_geometry.ipynb #4c1ccc17
 @patch(as_prop=True)
@@ -185,13 +198,13 @@ def variance_ratio(self:Geometry) -> float:
     if self.inter == 0: return math.inf if self.intra > 0 else math.nan
     return self.intra/self.inter
 
-# %% ../nbs/04_geometry.ipynb #2853cd64
+# %% ../nbs/04_geometry.ipynb #265b9416
 @patch(as_prop=True)
 def nc1(self:Geometry) -> float:
-    "Trace of within-class covariance times pseudo-inverse of between-class covariance, over the number of classes"
+    "Trace of within-class covariance times pseudo-inverse of between-class covariance, over K"
     if self.n_classes < 2: return math.nan
     _,s,Vh = torch.linalg.svd(self.centered, full_matrices=False)
-    # as in torch.linalg.pinv: an eigenvalue s^2 below the rounding error of the largest counts as zero
+    # as in torch.linalg.pinv: an eigenvalue s^2 below the largest's rounding error counts as zero
     keep = s**2 > s[0]**2 * max(self.centered.shape) * torch.finfo(s.dtype).eps
     if not keep.any(): return math.inf if self.intra > 0 else math.nan
     scaled = Vh[keep].T/s[keep]
@@ -216,25 +229,31 @@ def nc2_angle(self:Geometry) -> float:
     pairs = ~torch.eye(K, dtype=torch.bool, device=M.device)
     return (M @ M.T + 1/(K-1))[pairs].abs().mean().item()
 
-# %% ../nbs/04_geometry.ipynb #cb30ae14
+# %% ../nbs/04_geometry.ipynb #1bc5e0da
+@patch
+def _weight_fits(self:Geometry):
+    "One row for each class, and a column for each feature?"
+    W = self.weight
+    if W is None or W.ndim != 2 or W.shape[1] != self.feats.shape[1]: return False
+    if self.logits is None: return len(W) >= len(self.n)
+    return len(W) == self.logits.shape[1]
+
 @patch(as_prop=True)
 def nc3(self:Geometry) -> float:
-    "Squared distance of classifier and centered class means, both scaled to norm one; NaN without a weight"
-    K,W = len(self.n),self.weight
-    if self.logits is not None: K = self.logits.shape[1]
-    fits = W is not None and W.ndim == 2 and W.shape[1] == self.feats.shape[1] and len(W) >= len(self.n)
-    if not fits or (self.logits is not None and len(W) != K) or self.n_classes < 2: return math.nan
+    "Squared distance of classifier and centered class means, both scaled to norm one"
+    W = self.weight
+    if not self._weight_fits() or self.n_classes < 2: return math.nan
     W = W.detach().to(self.means)[:len(self.n)][self.occurs]
     return (W/W.norm() - self.centered/self.centered.norm()).square().sum().item()
 
 def head_weight(
     head:nn.Module, # A model's head, as find_head gives it
-) -> Tensor|None: # Shape (classes, d), detached, on the CPU; None if there is none, as in heads of class means
+) -> Tensor|None: # Shape (classes, d), detached, on the CPU; None for heads of class means
     "The weight of a linear classifier: head.fc.weight or head.weight"
     w = getattr(getattr(head, 'fc', head), 'weight', None)
     return _plain(w.detach()).cpu() if isinstance(w, Tensor) and w.ndim == 2 else None
 
-# %% ../nbs/04_geometry.ipynb #ba73db17
+# %% ../nbs/04_geometry.ipynb #fa70fdc8
 def nearest_mean(
     feats:Tensor, # Shape (n, d), floating point
     means:Tensor, # Class means, shape (classes, d); rows of NaN are never chosen
@@ -242,21 +261,22 @@ def nearest_mean(
     "The class with the nearest mean, for each sample"
     means = means.double().nan_to_num(math.inf)
     # not by the Gram matrix: it subtracts large squared norms
-    def nearest(x): return torch.cdist(x, means, compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
+    def nearest(x):
+        return torch.cdist(x, means, compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
     return torch.cat([nearest(x) for x, in _chunks(_plain(feats).detach())])
 
 @patch(as_prop=True)
 def nc4(self:Geometry) -> float:
-    "Share of samples for which the largest logit and the nearest class mean disagree; NaN without logits"
+    "Share of samples for which the largest logit and the nearest class mean disagree"
     if self.logits is None: return math.nan
     return (self.logits.argmax(1) != nearest_mean(self.feats, self.means)).double().mean().item()
 
-# %% ../nbs/04_geometry.ipynb #7f03f1a1
+# %% ../nbs/04_geometry.ipynb #ab033bc4
 @patch
 def cosine_margins(self:Geometry,
     center:bool=True, # Seen from the mean of class means; False: from the origin
 ) -> Tensor: # Shape (n,), float64, in [-2, 2]; NaN if only one class occurs
-    "For each sample: cosine to the mean of its class minus the largest cosine to the mean of another"
+    "Cosine of each sample to the mean of its class minus the largest cosine to another mean"
     if self.n_classes < 2: return torch.full((len(self.feats),), math.nan, dtype=torch.float64)
     origin = self.origin if center else 0
     means = F.normalize(self.means[self.occurs]-origin)
@@ -271,7 +291,7 @@ def cos_margin(self:Geometry) -> float:
     "Mean of the centered cosine margins; larger is better"
     return self.cosine_margins().mean().item()
 
-# %% ../nbs/04_geometry.ipynb #43ccfb43
+# %% ../nbs/04_geometry.ipynb #c64df243
 def ncm_accuracy(
     train_feats:Tensor, # Where class means come from, shape (n, d)
     train_targ:Tensor, # Their class indices, shape (n,)
@@ -280,7 +300,8 @@ def ncm_accuracy(
 ) -> float: # In [0, 1]
     "Accuracy of the nearest-class-mean classifier"
     feats,targ = _check(feats, targ)
-    return (nearest_mean(feats, class_moments(train_feats, train_targ).means) == targ).double().mean().item()
+    means = class_moments(train_feats, train_targ).means
+    return (nearest_mean(feats, means) == targ).double().mean().item()
 
 def knn_accuracy(
     train_feats:Tensor, # Where neighbours come from, shape (n, d)
@@ -293,22 +314,26 @@ def knn_accuracy(
     "Accuracy of the vote of the k nearest neighbours"
     train_feats,train_targ = _check(train_feats, train_targ)
     feats,targ = _check(feats, targ)
-    if not 1 <= k <= len(train_feats): raise ValueError(f"k must be in 1..{len(train_feats)}, the number of neighbours there are, got {k}")
-    knn = KNeighborsClassifier(k, metric=metric).fit(train_feats.cpu().numpy(), train_targ.cpu().numpy())
+    if not 1 <= k <= len(train_feats):
+        raise ValueError(f"k must be in 1..{len(train_feats)}, the number of neighbours there "
+                         f"are, got {k}")
+    knn = KNeighborsClassifier(k, metric=metric)
+    knn.fit(train_feats.cpu().numpy(), train_targ.cpu().numpy())
     return float(knn.score(feats.cpu().numpy(), targ.cpu().numpy()))
 
-# %% ../nbs/04_geometry.ipynb #b44da239
+# %% ../nbs/04_geometry.ipynb #c1ba4336
 Reliability = namedtuple('Reliability', 'n conf acc')
 
 def reliability(
     probs:Tensor, # Class probabilities, shape (n, classes)
     targ:Tensor, # Class indices, shape (n,)
     n_bins:int=15, # Number of equally wide bins of confidence
-) -> Reliability: # For each bin the number of samples, their mean confidence and their accuracy; NaN where it is empty
+) -> Reliability: # For each bin n, mean confidence and accuracy; NaN where it is empty
     "How sure, and how often right: what a reliability diagram shows"
     probs,targ = _plain(probs).detach(),_plain(targ)
     check_inputs(targ, n_out=probs.shape[-1], values=True, probs=probs)
-    if probs.min() < 0 or probs.max() > 1+1e-4: raise ValueError("probs must be probabilities in [0, 1]: give softmax(logits), not logits")
+    if probs.min() < 0 or probs.max() > 1+1e-4:
+        raise ValueError("probs must be probabilities in [0, 1]: give softmax(logits), not logits")
     conf,pred = probs.double().max(1)
     edges = torch.linspace(0, 1, n_bins+1, dtype=conf.dtype, device=conf.device)
     b = torch.bucketize(conf, edges[1:-1], right=True)
@@ -321,7 +346,7 @@ def calibration_error(
     targ:Tensor, # Class indices, shape (n,)
     n_bins:int=15, # Number of equally wide bins of confidence
 ) -> float: # In [0, 1]
-    "Expected calibration error of the largest probability: mean gap of confidence and accuracy over bins"
+    "Expected calibration error of the largest probability"
     r = reliability(probs, targ, n_bins)
     return ((r.acc-r.conf).abs()*r.n).nansum().item()/len(targ)
 
@@ -377,12 +402,13 @@ def from_model(cls:Geometry,
     layer = head if isinstance(head, nn.Module) else find_head(getattr(model, 'model', model), head)
     return cls(feats, targ, logits, head_weight(layer))
 
-# %% ../nbs/04_geometry.ipynb #75709375
+# %% ../nbs/04_geometry.ipynb #fbf0ebc2
 class _Column(ValueMetric): pass # So that the callback knows its own metrics again
 
 class GeometryCallback(Callback):
-    "Measure the geometry of the validation features after each epoch: columns of chosen measures, and all of them in records"
-    order = 45 # Before Recorder (50), which lists metrics when training starts and reads them after validation
+    "Measure the geometry of the validation features after each epoch"
+    # Before Recorder (50), which lists metrics when training starts and reads them after validation
+    order = 45
     run_train = False # Nothing to do in training batches
     def __init__(self,
         show=('variance_ratio','nc1'), # Names in geometry_measures that become columns
@@ -390,7 +416,8 @@ class GeometryCallback(Callback):
     ):
         self.show,self.layer = [show] if isinstance(show, str) else list(show),layer
         unknown = [k for k in self.show if k not in geometry_measures]
-        if unknown: raise ValueError(f"show must name some of {list(geometry_measures)}, got {unknown}")
+        if unknown:
+            raise ValueError(f"show must name some of {list(geometry_measures)}, got {unknown}")
         self.records,self.last = [],{} # One dict for each epoch, over all fits; the newest values
         self._fitting,self._layer = False,None
         self._hooks,self._seen,self._batches = [],[],[]
@@ -410,13 +437,14 @@ class GeometryCallback(Callback):
         for h in self._hooks: h.remove()
         for o in self._hooks,self._seen,self._batches: o.clear()
 
-# %% ../nbs/04_geometry.ipynb #ebd5fa31
+# %% ../nbs/04_geometry.ipynb #ee8ed8ef
 @patch
 def before_fit(self:GeometryCallback):
     "Add the columns"
     self.after_fit()
     self._head() # Raises now, not after an epoch, if there is no head
-    self.learn.metrics = self.learn.metrics + [_Column(partial(self._value, k), k) for k in self.show]
+    self.learn.metrics = self.learn.metrics + [_Column(partial(self._value, k), k)
+                                               for k in self.show]
 
 @patch
 def after_fit(self:GeometryCallback):
@@ -435,7 +463,7 @@ def before_train(self:GeometryCallback):
     "Note that this is an epoch of training, not a bare validation"
     self._fitting = True
 
-# %% ../nbs/04_geometry.ipynb #e462179d
+# %% ../nbs/04_geometry.ipynb #39f4084e
 @patch
 def before_validate(self:GeometryCallback):
     "Watch what comes into the head"
@@ -462,6 +490,7 @@ def after_validate(self:GeometryCallback):
         feats,logits,targ = (torch.cat(o) for o in zip(*self._batches))
         finite = feats.isfinite().all() and logits.isfinite().all()
         weight = head_weight(self._head())
-        self.last.update(Geometry(feats, targ, logits, weight).dict() if finite else dict.fromkeys(geometry_measures, math.nan))
+        self.last.update(Geometry(feats, targ, logits, weight).dict() if finite
+                         else dict.fromkeys(geometry_measures, math.nan))
         if self._fitting: self.records.append({'epoch': len(self.records), **self.last})
     self._clear()

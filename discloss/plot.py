@@ -27,10 +27,11 @@ from torch import Tensor
 
 from .core import check_inputs
 
-# %% ../nbs/05_plot.ipynb #9ff99624
+# %% ../nbs/05_plot.ipynb #61969914
 ink = '#7f7f7f' # Text and axes
 
-_rc = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor': 'none', 'font.size': 9,
+_rc = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor': 'none',
+       'font.size': 9,
        'figure.dpi': 100, 'savefig.dpi': 144, 'figure.hooks': ['discloss.plot:_adopt'],
        'text.color': ink, 'axes.labelcolor': ink, 'axes.edgecolor': ink, 'axes.titlesize': 10,
        'axes.titleweight': 'bold', 'xtick.color': ink, 'ytick.color': ink, 'axes.spines.top': False,
@@ -51,7 +52,8 @@ class Picture(Figure):
     def png(self) -> bytes:
         "The picture as a PNG file"
         f = io.BytesIO()
-        self.savefig(f, format='png', dpi=144, facecolor='none', bbox_inches='tight', pad_inches=0.05)
+        self.savefig(f, format='png', dpi=144, facecolor='none', bbox_inches='tight',
+                     pad_inches=0.05)
         return f.getvalue()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
@@ -64,11 +66,11 @@ class Picture(Figure):
 def _adopt(fig):
     if type(fig) is Figure: fig.__class__ = Picture # matplotlib calls this for each new figure
 
-# %% ../nbs/05_plot.ipynb #5c2479f3
+# %% ../nbs/05_plot.ipynb #ab4ea286
 @contextmanager
 def plot_style():
     "The settings of all figures here, for the length of a with block; the user's own come back"
-    # loads the backend: were it loaded inside, leaving the block would undo that it made pyplot interactive
+    # loads the backend before the settings change: it makes pyplot interactive
     plt.draw_if_interactive()
     with plt.style.context(['default', _rc]): yield
 
@@ -99,7 +101,7 @@ def class_styles(
     if n < 1: raise ValueError(f"there must be at least 1 class, got {n}")
     return [dict(color=class_colors[i%10], marker=_markers[(i + i//10)%10]) for i in range(n)]
 
-# %% ../nbs/05_plot.ipynb #9ce80723
+# %% ../nbs/05_plot.ipynb #96719734
 _baselines = 'cross-entropy', 'cross entropy', 'crossentropy', 'cross_entropy', 'ce', 'softmax'
 _slots = {} # Name -> running number, in the order of first appearance
 
@@ -109,9 +111,10 @@ def loss_style(
     "The look of a loss: grey for cross-entropy; other names get the next free look, and keep it"
     if str(name).lower() in _baselines: return dict(color=ink, marker='o', linestyle='-')
     i = _slots.setdefault(name, len(_slots))
-    return dict(color=loss_colors[i%10], marker=_markers[1:][i%9], linestyle=('-','--',':')[i//10%3])
+    return dict(color=loss_colors[i%10], marker=_markers[1:][i%9],
+                linestyle=('-','--',':')[i//10%3])
 
-# %% ../nbs/05_plot.ipynb #634c65b2
+# %% ../nbs/05_plot.ipynb #193e14db
 def _root(ax): return ax.figure.canvas.figure
 
 def _restyle(ax):
@@ -122,8 +125,8 @@ def _restyle(ax):
     ax.tick_params(which='both', colors=ink, labelsize=8, width=0.8, length=3)
     for axis in ax.xaxis, ax.yaxis: axis.label.set_color(ink)
 
-def _axes(n, axs, size, ncols, **kwargs):
-    "n axes to draw on: those given, or those of a new figure with panels of a size in inches"
+def _axes(n, axs, size, ncols, extra=0):
+    "n axes: those given, or those of a new figure with panels of a size and extra width in inches"
     if axs is not None:
         axs = list(np.ravel(axs))
         if len(axs) != n: raise ValueError(f"{n} panels need {n} axes, got {len(axs)}")
@@ -133,7 +136,7 @@ def _axes(n, axs, size, ncols, **kwargs):
     else:
         ncols = min(n, ncols)
         rows = ceil(n/ncols)
-        _,grid = plot_axes(rows, ncols, (size[0]*ncols, size[1]*rows), squeeze=False, **kwargs)
+        _,grid = plot_axes(rows, ncols, (size[0]*ncols+extra, size[1]*rows), squeeze=False)
         axs = list(grid.flat)
         for ax in axs[n:]: ax.remove()
         axs = axs[:n]
@@ -142,9 +145,11 @@ def _axes(n, axs, size, ncols, **kwargs):
 
 def _say(ax, title=None, note=None, xlabel=None, ylabel=None):
     "Title, a smaller note below it, and labels of the axes"
-    if title is not None: ax.set_title(title, fontsize=10, color=ink, weight='bold', pad=18 if note else 6)
+    if title is not None:
+        ax.set_title(title, fontsize=10, color=ink, weight='bold', pad=18 if note else 6)
     if note:
-        ax.annotate(note, (0.5,1), xytext=(0,5), xycoords='axes fraction', textcoords='offset points',
+        ax.annotate(note, (0.5,1), xytext=(0,5), xycoords='axes fraction',
+                    textcoords='offset points',
                     ha='center', va='bottom', fontsize=8, color=ink)
     if xlabel is not None: ax.set_xlabel(xlabel, fontsize=9, color=ink)
     if ylabel is not None: ax.set_ylabel(ylabel, fontsize=9, color=ink)
@@ -153,11 +158,13 @@ def _say_diverged(ax, title, note=None):
     "An empty panel that says why"
     _say(ax, title, note)
     ax.set(xticks=[], yticks=[])
-    ax.annotate('diverged', (0.5,0.5), xycoords='axes fraction', ha='center', va='center', fontsize=10, color=ink)
+    ax.annotate('diverged', (0.5,0.5), xycoords='axes fraction', ha='center', va='center',
+                fontsize=10, color=ink)
 
 def _legend(ax, handles, labels, title=None, **kwargs):
-    leg = ax.legend(handles, labels, title=title, loc='center left', bbox_to_anchor=(1.02,0.5), borderaxespad=0,
-                    fontsize=8, title_fontsize=8, labelcolor=ink, frameon=False, alignment='left', **kwargs)
+    leg = ax.legend(handles, labels, title=title, loc='center left', bbox_to_anchor=(1.02,0.5),
+                    borderaxespad=0, fontsize=8, title_fontsize=8, labelcolor=ink, frameon=False,
+                    alignment='left', **kwargs)
     leg.get_title().set_color(ink)
 
 def fit_ticks(
@@ -172,18 +179,20 @@ def fit_ticks(
         fig.draw_without_rendering()
         lo,hi = sorted(ax.get_xlim())
         ticks = [t for t in ax.xaxis.get_major_ticks() if lo <= t.get_loc() <= hi]
-        boxes = sorted((t.label1.get_window_extent().extents[[0,2]] for t in ticks), key=lambda b: b[0])
+        boxes = sorted((t.label1.get_window_extent().extents[[0,2]] for t in ticks),
+                       key=lambda b: b[0])
         gap = 6*fig.dpi/72
         if all(b[0]-a[1] >= gap for a,b in zip(boxes, boxes[1:])): return
 
-# %% ../nbs/05_plot.ipynb #b107dbc9
+# %% ../nbs/05_plot.ipynb #80b4b32d
 def _tensor(x):
     if isinstance(x, Tensor): x = x.as_subclass(Tensor)
     else: x = torch.as_tensor(np.array(x, order='C'))
     return x.detach().cpu()
 
 def _named(o, what, values):
-    if not isinstance(o, dict): raise TypeError(f"{what} must be a dict of name -> {values}, got {type(o).__name__}")
+    if not isinstance(o, dict):
+        raise TypeError(f"{what} must be a dict of name -> {values}, got {type(o).__name__}")
     if not o: raise ValueError(f"{what} must be a dict of name -> {values}, got an empty one")
     return o.items()
 
@@ -192,7 +201,7 @@ def _what(x):
     return type(x).__name__
 
 def _panels(panels, n_out=None):
-    "Checked {title: (feats as float64, targ as int64)} on the CPU; feats are None where they are not finite"
+    "Checked {title: (feats as float64, targ as int64)} on the CPU; not finite feats become None"
     res = {}
     for title,p in _named(panels, 'panels', '(feats, targ)'):
         if not isinstance(p, (tuple,list)) or len(p) != 2:
@@ -202,28 +211,32 @@ def _panels(panels, n_out=None):
         try: check_inputs(targ, n_out=n_out, feats=feats if finite else torch.zeros_like(feats))
         except (TypeError, ValueError) as e: raise type(e)(f"panels[{title!r}]: {e}") from None
         if feats.shape[1] < 2:
-            raise ValueError(f"panels[{title!r}]: feats must have shape (batch, 2 or more), got {tuple(feats.shape)}")
+            raise ValueError(f"panels[{title!r}]: feats must have shape (batch, 2 or more), got "
+                             f"{tuple(feats.shape)}")
         res[title] = (feats.double() if finite else None), targ.long()
     return res
 
 def _array(x):
-    if isinstance(x, Tensor) or hasattr(x, '__array__'): return np.asarray(_tensor(x).double(), dtype=float)
+    if isinstance(x, Tensor) or hasattr(x, '__array__'):
+        return np.asarray(_tensor(x).double(), dtype=float)
     return np.asarray([_tensor(o).double().numpy() for o in x], dtype=float)
 
 def _numbers(x, what, dims):
     "A float64 array with the named dims, not empty"
     try: a = _array(x)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{what} must be numbers of shape ({', '.join(dims)}), got {_what(x)} that makes no such array") from None
+        raise ValueError(f"{what} must be numbers of shape ({', '.join(dims)}), got {_what(x)} "
+                         f"that makes no such array") from None
     if a.ndim != len(dims) or not a.size:
-        raise ValueError(f"{what} must have shape ({', '.join(dims)}), none of them 0, got {a.shape}")
+        raise ValueError(f"{what} must have shape ({', '.join(dims)}), none of them 0, got "
+                         f"{a.shape}")
     return a
 
-# %% ../nbs/05_plot.ipynb #515793d6
+# %% ../nbs/05_plot.ipynb #88c6c351
 def class_means(
     feats:Tensor, # Floating point, shape (batch, n)
     targ:Tensor, # Class indices, int64, shape (batch,)
-) -> tuple: # Means of the classes that occur, shape (k, n); those classes, sorted; for each sample the row of its mean
+) -> tuple: # Means (k, n) of the k classes that occur; those classes; the row of each sample's mean
     "Mean features of each class that occurs"
     used,row = targ.unique(return_inverse=True)
     sums = feats.new_zeros(len(used), feats.shape[1]).index_add_(0, row, feats)
@@ -234,7 +247,9 @@ def _centers(title, feats, targ, n, centers):
     if title not in centers: return class_means(feats, targ)[:2]
     c = _numbers(centers[title], f"centers[{title!r}]", ('n_classes','width of feats'))
     want = n,feats.shape[1]
-    if c.shape != want: raise ValueError(f"centers[{title!r}] must have shape {want}, one row for each class, got {c.shape}")
+    if c.shape != want:
+        raise ValueError(f"centers[{title!r}] must have shape {want}, one row for each class, "
+                         f"got {c.shape}")
     return torch.as_tensor(c), torch.arange(n)
 
 def _project(feats, centers):
@@ -242,15 +257,16 @@ def _project(feats, centers):
     zero = feats.new_zeros(1, feats.shape[1])
     plain = [o[:,:2].numpy() for o in (feats, centers, zero)]
     if feats.shape[1] == 2: return *plain, None, ('feature 1', 'feature 2')
-    if not feats.sub(feats[0]).any(): return *plain, 'all features are equal', ('feature 1', 'feature 2')
+    if not feats.sub(feats[0]).any():
+        return *plain, 'all features are equal', ('feature 1', 'feature 2')
     pca = PCA(2, random_state=0).fit(feats.numpy())
     a,b = pca.explained_variance_ratio_
     flat = [pca.transform(o.numpy()) for o in (feats, centers, zero)]
     return *flat, None, (f"PC 1 ({a:.0%} of variance)", f"PC 2 ({b:.0%})")
 
-# %% ../nbs/05_plot.ipynb #c4e94be2
+# %% ../nbs/05_plot.ipynb #da6f1960
 def _apart(at, size, frame, steps=300):
-    "Centers of boxes, moved from where they are as little as it takes that no two overlap, in a frame; all in pixels"
+    "Centers of boxes, moved until no two overlap, inside of a frame; all in pixels"
     turn = np.arange(len(at))
     pos = at + 1e-3*np.stack([np.cos(turn), np.sin(turn)], 1)
     lo,hi = frame[:2]+size/2, frame[2:]-size/2
@@ -292,10 +308,11 @@ def _badges(ax, spots, feats, targ, used, words, styles):
     for p,q,k,moved in zip(spots, there, used, np.abs(pos-at).max(1) > side*pt/2):
         if moved: ax.plot(*zip(p, q), color=styles[k]['color'], lw=0.8, zorder=3)
         ax.scatter(*q, s=side**2, color=styles[k]['color'], lw=0, zorder=5)
-        ax.annotate(words[k], q, ha='center', va='center_baseline', fontsize=side*.62, weight='bold', color='white',
+        ax.annotate(words[k], q, ha='center', va='center_baseline', fontsize=side*.62,
+                    weight='bold', color='white',
                     zorder=6).set_in_layout(False)
 
-# %% ../nbs/05_plot.ipynb #3c0c5684
+# %% ../nbs/05_plot.ipynb #01e41815
 def _draw_features(ax, f, c, zero, t, styles, max_points, half, mid):
     "Points of one panel, in square limits"
     some = np.sort(np.random.default_rng(0).permutation(len(f))[:max_points])
@@ -307,7 +324,8 @@ def _draw_features(ax, f, c, zero, t, styles, max_points, half, mid):
     area = np.clip(6000/len(f), 5, 18)
     for k in np.unique(t):
         s = area*_area.get(styles[k]['marker'], 1)
-        ax.scatter(*f[t==k].T, s=s, alpha=0.65, linewidths=0, rasterized=True, zorder=2, **styles[k])
+        ax.scatter(*f[t==k].T, s=s, alpha=0.65, linewidths=0, rasterized=True, zorder=2,
+                   **styles[k])
     for axis in ax.xaxis, ax.yaxis: axis.set_major_locator(MaxNLocator(4, integer=bool(half > 3)))
 
 def _square(f, c):
@@ -316,7 +334,7 @@ def _square(f, c):
     lo,hi = both.min(0),both.max(0)
     return (lo+hi)/2, 0.56*(hi-lo).max() or 1.
 
-# %% ../nbs/05_plot.ipynb #b06abc56
+# %% ../nbs/05_plot.ipynb #2e2fb2ac
 _row = 12 # Points for a line of a legend
 
 def _shorter(s, most=42):
@@ -356,12 +374,13 @@ def _grid(n, size, ncols, labels, foot):
     def legend(handles, title):
         if side is None: return
         loc = 'center left' if where == 'right' else 'upper center'
-        side.legend(handles, labels, title=title, loc=loc, ncols=cols, fontsize=8, title_fontsize=8, labelcolor=ink,
+        side.legend(handles, labels, title=title, loc=loc, ncols=cols, fontsize=8, title_fontsize=8,
+                    labelcolor=ink,
                     handletextpad=0.3, columnspacing=1, borderaxespad=0, labelspacing=0.4,
                     alignment='left').get_title().set_color(ink)
     return axs[:n], legend
 
-# %% ../nbs/05_plot.ipynb #b472c116
+# %% ../nbs/05_plot.ipynb #e4d1a8a8
 def _chosen(panels, scores, most):
     "Titles to draw, best first where there are scores, and those left out"
     titles = list(panels)
@@ -371,17 +390,24 @@ def _chosen(panels, scores, most):
     return titles[:most], titles[most:]
 
 def plot_features(
-    panels:dict, # Title -> (feats, targ): shape (n, 2) or wider, and class indices (n,); not finite means diverged
+    # Title -> (feats, targ): shape (n, 2) or wider, and class indices (n,); not finite means
+    # diverged
+    panels:dict,
     vocab=None, # Class names in the order of their indices; None: the indices
-    centers:dict|None=None, # Title -> centers, shape (n_classes, width of feats); a title left out: class means
-    scores:dict|None=None, # Title -> a number that stands below the title; panels are sorted by it, best first
+    # Title -> centers, shape (n_classes, width of feats); a title left out: class means
+    centers:dict|None=None,
+    # Title -> a number that stands below the title; panels are sorted by it, best first
+    scores:dict|None=None,
     score_name:str='accuracy', # What the scores are
     share:bool=False, # The same limits in all panels?
     max_panels:int=12, # At most so many panels; the figure names the ones left out
-    max_points:int=2000, # At most so many points in a panel, a random choice that is always the same
+    # At most so many points in a panel, a random choice that is always the same
+    max_points:int=2000,
     names:bool|None=None, # Badges at the centers? None: where there is room
-    legend:bool|None=None, # Names of the classes beside the panels? None: where the badges do not say them
-    size:float|None=None, # Width and height of a panel in inches; None: 2.7, and more for many classes in few panels
+    # Names of the classes beside the panels? None: where the badges do not say them
+    legend:bool|None=None,
+    # Width and height of a panel in inches; None: 2.7, and more for many classes in few panels
+    size:float|None=None,
     ncols:int|None=None, # Panels in a row; None: 3, and 4 from 7 panels on
     axs=None, # Axes to draw on, one for each panel; None: a new figure
 ) -> plt.Figure: # The figure
@@ -389,16 +415,20 @@ def plot_features(
     if max_points < 1: raise ValueError(f"max_points must be at least 1, got {max_points}")
     data = _panels(panels, None if vocab is None else len(vocab))
     centers = centers or {}
-    if not set(centers) <= set(data): raise ValueError(f"centers must have the titles of panels, {list(data)}, got {list(centers)}")
+    if not set(centers) <= set(data):
+        raise ValueError(f"centers must have the titles of panels, {list(data)}, got "
+                         f"{list(centers)}")
     n = len(vocab) if vocab is not None else 1 + max(int(t.max()) for _,t in data.values())
     vocab,styles = [_shorter(o) for o in (range(n) if vocab is None else vocab)],class_styles(n)
-    if size is None: size = 4 if n > 40 and len(data) <= 4 else 3.2 if n > 20 and len(data) <= 6 else 2.7
+    if size is None:
+        size = 4 if n > 40 and len(data) <= 4 else 3.2 if n > 20 and len(data) <= 6 else 2.7
     shown,left_out = _chosen(data, scores, len(data) if axs is not None else max_panels)
     short = max(map(len, vocab)) <= 2
     words = vocab if short else [str(i+1) for i in range(n)]
     badges = _room(n, size) if names is None else names
     wants = (not (short and badges)) if legend is None else legend
-    labels = [o if short or not badges else f'{w}  {o}' for w,o in zip(words, vocab)] if wants else []
+    labels = [o if short or not badges else f'{w}  {o}'
+              for w,o in zip(words, vocab)] if wants else []
     foot = f"not shown: {', '.join(map(str, left_out))}" if left_out else None
     flat = {}
     for k in shown:
@@ -412,7 +442,9 @@ def plot_features(
         limits = dict.fromkeys(limits, _square(corners, corners))
     ncols = ncols or (2 if size == 4 else 3 if len(shown) < 7 else 4)
     with plot_style():
-        if axs is None: axs,put_legend = _grid(len(shown), (size,size+0.25*(scores is not None)), ncols, labels, foot)
+        if axs is None:
+            axs,put_legend = _grid(len(shown), (size,size+0.25*(scores is not None)), ncols, labels,
+                                   foot)
         else: axs,put_legend = _axes(len(shown), axs, None, None), None
         for i,(ax,k) in enumerate(zip(axs, shown)):
             score = None if scores is None or k not in scores else f'{score_name} {scores[k]:.3f}'
@@ -423,7 +455,8 @@ def plot_features(
             mid,half = limits[k]
             _draw_features(ax, f, c, zero, t, styles, max_points, half, mid)
             first = i % ncols == 0 or f"PC" in xlabel
-            _say(ax, k, ', '.join(o for o in (score,note) if o) or None, xlabel, ylabel if first else None)
+            _say(ax, k, ', '.join(o for o in (score,note) if o) or None, xlabel,
+                 ylabel if first else None)
         handles = [Line2D([], [], linestyle='', markersize=5, **s) for s in styles]
         title = f"class, and its {'center' if centers else 'mean'}" if badges else 'class'
         if put_legend: put_legend(handles, title)
@@ -436,17 +469,20 @@ def plot_features(
             _badges(ax, spots, f, t, used, words, styles)
     return _root(axs[0])
 
-# %% ../nbs/05_plot.ipynb #bfe70b76
+# %% ../nbs/05_plot.ipynb #37b04550
 def mean_distances(
     feats:Tensor, # Floating point, shape (batch, n)
     targ:Tensor, # Class indices, int64, shape (batch,), of at least two classes
     kind:str='euclidean', # 'euclidean' or 'cosine'
     chunk:int=4096, # Samples at a time: memory for chunk x classes numbers
 ) -> tuple: # Two tensors of shape (batch,): to the own class mean; to the nearest other class mean
-    "Distance (or cosine) of each sample to the mean of its class, and to the nearest mean of another class"
-    if kind not in ('euclidean', 'cosine'): raise ValueError(f"kind must be 'euclidean' or 'cosine', got {kind!r}")
+    "Distance (or cosine) of each sample to its class mean and to the nearest other one"
+    if kind not in ('euclidean', 'cosine'):
+        raise ValueError(f"kind must be 'euclidean' or 'cosine', got {kind!r}")
     means,used,row = class_means(feats, targ)
-    if len(used) < 2: raise ValueError(f"distances between classes need samples of at least 2 classes, got only class {used[0].item()}")
+    if len(used) < 2:
+        raise ValueError(f"distances between classes need samples of at least 2 classes, got "
+                         f"only class {used[0].item()}")
     own,other,cos = feats.new_empty(len(feats)),feats.new_empty(len(feats)),kind == 'cosine'
     if cos: means = F.normalize(means, dim=1)
     for i in range(0, len(feats), chunk):
@@ -459,7 +495,7 @@ def mean_distances(
         other[s] = d.amax(1) if cos else d.amin(1)
     return own, other
 
-# %% ../nbs/05_plot.ipynb #bacb38f1
+# %% ../nbs/05_plot.ipynb #ae6de28d
 _looks = {'own class mean': dict(fill=True, color=class_colors[0], alpha=0.75),
           'nearest other class mean': dict(color=class_colors[1], linewidth=1.5)}
 
@@ -481,7 +517,9 @@ def _edges(found, kind, bins):
     return np.linspace(lo, hi, bins+1)
 
 def plot_distances(
-    panels:dict, # Title -> (feats, targ): shape (n, 2 or more), and class indices (n,); not finite means diverged
+    # Title -> (feats, targ): shape (n, 2 or more), and class indices (n,); not finite means
+    # diverged
+    panels:dict,
     kind:str='euclidean', # 'euclidean' distance or 'cosine'
     bins:int=40, # Number of bins, the same ones in all panels
     legend:bool=True, # One legend, right of the last panel of the first row
@@ -489,13 +527,13 @@ def plot_distances(
     ncols:int=3, # Panels in a row
     axs=None, # Axes to draw on, one for each panel; None: a new figure
 ) -> plt.Figure: # The figure
-    "Histograms of the distance (or cosine) of samples to their own class mean and to the nearest other one"
+    "Histograms of the distance (or cosine) to the own class mean and to the nearest other one"
     found = _found(_panels(panels), kind)
     edges,new = _edges(found, kind, bins),axs is None
     name = 'cosine' if kind == 'cosine' else 'distance'
     room = 0.02*np.ptp(edges)
     with plot_style():
-        axs = _axes(len(found), axs, size, ncols)
+        axs = _axes(len(found), axs, size, ncols, 1.8*legend)
         drawn = [ax for ax,pair in zip(axs, found.values()) if pair]
         for i,(ax,(title,pair)) in enumerate(zip(axs, found.items())):
             if pair is None:
@@ -503,21 +541,24 @@ def plot_distances(
                 continue
             for d,look in zip(pair, _looks.values()):
                 share = np.histogram(d, edges)[0] / len(d)
-                a,b = np.flatnonzero(share)[[0,-1]] # from the first to the last bin that is not empty
+                # from the first to the last bin that is not empty
+                a,b = np.flatnonzero(share)[[0,-1]]
                 ax.stairs(share[a:b+1], edges[a:b+2], **look)
             own,other = pair
             nearer = (own <= other if kind == 'cosine' else own >= other).mean()
-            _say(ax, title, f"{nearer:.1%} nearer to another mean", name, 'share of samples' if i % ncols == 0 else None)
+            ylabel = 'share of samples' if i % ncols == 0 else None
+            _say(ax, title, f"{nearer:.1%} nearer to another mean", name, ylabel)
         top = max((ax.get_ylim()[1] for ax in drawn), default=1)
         for ax in drawn: ax.set(xlim=(edges[0]-room, edges[-1]+room), ylim=(0,top))
         if legend:
             where = axs[min(ncols, len(axs))-1 if new else -1]
-            handles = [plt.Rectangle((0,0), 1, 1, fc=o['color'] if 'fill' in o else 'none', ec=o['color']) for o in _looks.values()]
+            handles = [plt.Rectangle((0,0), 1, 1, fc=o['color'] if 'fill' in o else 'none',
+                                     ec=o['color']) for o in _looks.values()]
             _legend(where, handles, _looks, f'{name} to')
         for ax in drawn: fit_ticks(ax, 5)
     return _root(axs[0])
 
-# %% ../nbs/05_plot.ipynb #4c950d1d
+# %% ../nbs/05_plot.ipynb #c5edc296
 def _steady(v):
     "The seeds that stayed finite, and what to say of the others"
     ok = np.isfinite(v).reshape(len(v), -1).all(1)
@@ -535,14 +576,17 @@ def _checked_curves(curves, x):
     data = {k: _numbers(v, f"curves[{k!r}]", ('n_seeds','n_epochs'))
             for k,v in _named(curves, 'curves', 'array of shape (n_seeds, n_epochs)')}
     epochs = {k: v.shape[1] for k,v in data.items()}
-    if len(set(epochs.values())) > 1: raise ValueError(f"curves must all have the same number of epochs, got {epochs}")
+    if len(set(epochs.values())) > 1:
+        raise ValueError(f"curves must all have the same number of epochs, got {epochs}")
     n = next(iter(epochs.values()))
     x = np.arange(1, n+1) if x is None else _numbers(x, 'x', ('n_epochs',))
-    if len(x) != n: raise ValueError(f"x must have shape ({n},), one value for each epoch, got ({len(x)},)")
+    if len(x) != n:
+        raise ValueError(f"x must have shape ({n},), one value for each epoch, got ({len(x)},)")
     return data, x
 
 def plot_curves(
-    curves:dict, # Name of a loss -> array of shape (n_seeds, n_epochs); NaN or infinity means diverged
+    # Name of a loss -> array of shape (n_seeds, n_epochs); NaN or infinity means diverged
+    curves:dict,
     x=None, # What is on the x axis, shape (n_epochs,); None: 1, 2, ..., n_epochs
     ylabel:str='accuracy', # What the curves are
     xlabel:str='epoch', # What x is
@@ -553,16 +597,22 @@ def plot_curves(
     size:tuple=(5.4,3), # Width and height in inches
     ax=None, # Axes to draw on; None: a new figure
 ) -> plt.Figure: # The figure
-    "Learning curves: for each loss the mean over seeds, and a band from the lowest to the highest seed"
+    "For each loss the mean over seeds, and a band from the lowest to the highest seed"
     data,x = _checked_curves(curves, x)
     with plot_style():
-        ax, = _axes(1, ax, size, 1)
+        # the axes keep three inches beside the legend
+        said = [f'{_shorter(k)} {_steady(v)[1]}' for k,v in data.items()]
+        beside = legend*(max(map(_width, said))+40)/72
+        ax, = _axes(1, ax, size, 1, max(0, 3+beside-size[0]))
         rows = []
         for k,v in data.items():
             look,(v,bad) = loss_style(k),_steady(v)
             mean = v.mean(0) if len(v) else np.full(len(x), np.nan)
-            if len(v) > 1: ax.fill_between(x, v.min(0), v.max(0), color=look['color'], alpha=0.2, linewidth=0, zorder=1)
-            line, = ax.plot(x, mean, lw=1.6, ms=5*_area.get(look['marker'], 1)**.5, markevery=max(1, len(x)//8), zorder=2, **look)
+            if len(v) > 1:
+                ax.fill_between(x, v.min(0), v.max(0), color=look['color'], alpha=0.2, linewidth=0,
+                                zorder=1)
+            line, = ax.plot(x, mean, lw=1.6, ms=5*_area.get(look['marker'], 1)**.5,
+                            markevery=max(1, len(x)//8), zorder=2, **look)
             last = -np.inf if not len(v) else mean[-1] if more else -mean[-1]
             rows.append((last, line, f'{_shorter(k)} ({bad})' if bad else _shorter(k)))
         ax.margins(x=0.02)
@@ -576,7 +626,7 @@ def plot_curves(
         else: fit_ticks(ax, integer=np.array_equal(x, x.round()))
     return _root(ax)
 
-# %% ../nbs/05_plot.ipynb #511fc5a0
+# %% ../nbs/05_plot.ipynb #56ccbb4b
 def _said(v, bad, fmt):
     "Mean ± standard deviation in words"
     if not len(v): return bad
@@ -586,15 +636,19 @@ def _said(v, bad, fmt):
 def _draw_scores(ax, y, v, said, look):
     "One row: dots from the first seed, lowest, to the last"
     ax.axhline(y, color=ink, alpha=0.25, lw=0.8, zorder=0)
-    ax.annotate(said, (1,y), xycoords=('axes fraction','data'), xytext=(8,0), textcoords='offset points',
+    ax.annotate(said, (1,y), xycoords=('axes fraction','data'), xytext=(8,0),
+                textcoords='offset points',
                 va='center', fontsize=8, color=ink)
     if not len(v): return
     off = 0.22*np.linspace(-1, 1, len(v)) if len(v) > 1 else np.zeros(1)
     ax.plot([v.mean()]*2, [y-0.36,y+0.36], color=ink, lw=1.6, solid_capstyle='butt', zorder=4)
-    ax.scatter(v, y+off, s=28*_area.get(look['marker'], 1), color=look['color'], marker=look['marker'], linewidths=0, zorder=3)
+    ax.scatter(v, y+off, s=28*_area.get(look['marker'], 1), color=look['color'],
+               marker=look['marker'], linewidths=0, zorder=3)
 
 def plot_scores(
-    scores:dict, # Name of a loss -> its scores, one for each seed: shape (n_seeds,); NaN or infinity means diverged
+    # Name of a loss -> its scores, one for each seed: shape (n_seeds,); NaN or infinity means
+    # diverged
+    scores:dict,
     xlabel:str='accuracy', # What the scores are
     title:str|None=None, # Title of the panel
     ref:str|None=None, # Name of the loss whose mean is drawn as a line through all rows
@@ -604,22 +658,26 @@ def plot_scores(
     size:tuple=(5.4,None), # Width and height in inches; height None: as the number of rows needs
     ax=None, # Axes to draw on; None: a new figure
 ) -> plt.Figure: # The figure
-    "Scores of several losses: a row for each loss, a dot for each seed, mean ± standard deviation in numbers"
-    data = {k: _numbers(v, f"scores[{k!r}]", ('n_seeds',)) for k,v in _named(scores, 'scores', 'scores of shape (n_seeds,)')}
-    if ref is not None and ref not in data: raise ValueError(f"ref must be one of {list(data)}, got {ref!r}")
+    "A row for each loss, a dot for each seed, mean ± standard deviation in numbers"
+    data = {k: _numbers(v, f"scores[{k!r}]", ('n_seeds',))
+            for k,v in _named(scores, 'scores', 'scores of shape (n_seeds,)')}
+    if ref is not None and ref not in data:
+        raise ValueError(f"ref must be one of {list(data)}, got {ref!r}")
     rows = {k: _steady(v) for k,v in data.items()}
     def key(k):
         v,bad = rows[k]
         return bool(bad), (-v.mean() if more else v.mean()) if len(v) else np.inf
     order = sorted(rows, key=key) if sort else list(rows)
-    note = _count(data, after=', mean ± standard deviation') + (f"; dashed: {ref}" if ref is not None else '')
+    note = _count(data, after=', mean ± standard deviation') + (f"; dashed: "
+                                                                f"{ref}" if ref is not None else '')
     with plot_style():
         said = {k: _said(*rows[k], fmt) for k in order}
         # the axes keep two inches between names and numbers
         texts = [max(map(_width, o)) for o in (map(_shorter, order), said.values())]
         width = max(size[0], 2.4 + sum(texts)*1.1/72)
         ax, = _axes(1, ax, (width, size[1] or 1+0.32*len(data)), 1)
-        if ref is not None and len(rows[ref][0]): ax.axvline(rows[ref][0].mean(), color=ink, lw=0.8, ls=(0,(4,3)), zorder=1)
+        if ref is not None and len(rows[ref][0]):
+            ax.axvline(rows[ref][0].mean(), color=ink, lw=0.8, ls=(0,(4,3)), zorder=1)
         for i,k in enumerate(order): _draw_scores(ax, -i, rows[k][0], said[k], loss_style(k))
         ax.set_yticks(-np.arange(len(order)), [_shorter(k) for k in order], fontsize=9)
         ax.tick_params(axis='y', length=0)
@@ -631,7 +689,7 @@ def plot_scores(
         else: ax.set_xticks([])
     return _root(ax)
 
-# %% ../nbs/05_plot.ipynb #c0a4b1af
+# %% ../nbs/05_plot.ipynb #ac43845d
 def _shades(share, strongest):
     "RGBA of each cell, transparent where nothing is"
     right,wrong = (np.array(to_rgba(c)) for c in class_colors[:2])
@@ -644,14 +702,16 @@ def plot_confusion(
     matrix, # Counts, shape (n_classes, n_classes): rows are true classes, columns predictions
     vocab=None, # Class names; None: the indices
     title:str|None='Confusion', # Title of the panel
-    side:float|None=None, # Width and height of the matrix in inches; None: as the names need, 2.4 to 7
+    # Width and height of the matrix in inches; None: as the names need, 2.4 to 7
+    side:float|None=None,
     ax=None, # Axes to draw on; None: a new figure
 ) -> plt.Figure: # The figure
     "A confusion matrix, with names as far as there is room"
     m = _numbers(matrix, 'matrix', ('n_classes','n_classes'))
     n = len(m)
     if m.shape != (n,n): raise ValueError(f"matrix must be square, got {m.shape}")
-    if vocab is not None and len(vocab) != n: raise ValueError(f"vocab must have {n} names, got {len(vocab)}")
+    if vocab is not None and len(vocab) != n:
+        raise ValueError(f"vocab must have {n} names, got {len(vocab)}")
     vocab = [_shorter(o, 28) for o in (range(n) if vocab is None else vocab)]
     share = m/np.maximum(m.sum(1, keepdims=True), 1)
     if side is None: side = 3 if ax is not None else min(max(2.4, 0.19*n), 7)
@@ -664,16 +724,18 @@ def plot_confusion(
         ax.imshow(shades, interpolation='nearest')
         for s in ax.spines.values(): s.set_visible(True)
         if font >= 4.5:
-            ax.set_xticks(range(n), vocab, rotation=90 if max(map(len, vocab)) > 2 else 0, fontsize=font)
+            ax.set_xticks(range(n), vocab, rotation=90 if max(map(len, vocab)) > 2 else 0,
+                          fontsize=font)
             ax.set_yticks(range(n), vocab, fontsize=font)
         else: ax.set(xticks=[], yticks=[])
         for i,j in np.argwhere(m > 0) if numbers else ():
-            ax.text(j, i, f'{m[i,j]:g}', ha='center', va='center', fontsize=min(8, cell*0.4), weight='bold',
+            ax.text(j, i, f'{m[i,j]:g}', ha='center', va='center', fontsize=min(8, cell*0.4),
+                    weight='bold',
                     color='white' if shades[i,j,3] > 0.4 else ink)
         _say(ax, title, None, 'predicted', 'true' if font >= 4.5 else f'true: one of {n} classes')
     return _root(ax)
 
-# %% ../nbs/05_plot.ipynb #282607d8
+# %% ../nbs/05_plot.ipynb #a13b984a
 def plot_reliability(
     reliability, # A triple (n, conf, acc) for each bin, as discloss.geometry.reliability gives it
     title:str|None='Reliability', # Title of the panel
@@ -685,7 +747,8 @@ def plot_reliability(
     with plot_style():
         ax, = _axes(1, ax, (2.8,2.6), 1)
         bins = len(n)
-        ax.bar(np.arange(bins)/bins, np.nan_to_num(acc), 0.94/bins, align='edge', color=class_colors[0], alpha=0.6)
+        ax.bar(np.arange(bins)/bins, np.nan_to_num(acc), 0.94/bins, align='edge',
+               color=class_colors[0], alpha=0.6)
         ax.plot(conf, conf, 'D', color=class_colors[1], ms=4, clip_on=False)
         ax.plot([0,1], [0,1], '--', color=ink, lw=1)
         ax.set(xlim=(0,1), ylim=(0,1.02))
