@@ -13,26 +13,32 @@ from torch import Tensor
 from .core import Head, LinearHead, Number, check_hparams, check_inputs, full_precision, many_classes
 
 # %% ../nbs/01_heads.ipynb #a269fdef
+many_classes = 30_000 # Above, heads leave it to the loss to make logits in chunks
+
 class CenterHead(LinearHead):
-    "A linear classifier with one center for each class; in training logits, feats and centers"
+    "A linear classifier with one center for each class; in training a dict"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
         bias:bool=True, # With a bias in the classifier?
         learned:bool=False, # Are the centers parameters, which the optimizer moves? Otherwise a buffer, which the loss moves
+        chunked:bool|None=None, # In training, leave the logits to the loss, which makes them in chunks? None: above many_classes
     ):
         super().__init__(n_in, n_out, bias)
+        self.chunked = n_out > many_classes if chunked is None else chunked
         self.learned, centers = learned, torch.zeros(n_out, n_in)
         if learned: self.centers = nn.Parameter(centers)
         else: self.register_buffer('centers', centers)
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict of logits, feats and centers
+    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict of feats, centers, and logits or what makes them
         "Logits, and in training the features and the centers"
-        out = super().forward(feats)
-        if not self.training: return out
-        return dict(out, centers=self.centers if self.learned else self.centers.detach())
+        if not self.training: return self.fc(feats)
+        out = dict(feats=feats, centers=self.centers if self.learned else self.centers.detach())
+        if not self.chunked: return dict(logits=self.fc(feats), **out)
+        # Views, since a leaf that goes out of a module surprises mixed precision and checkpointing
+        return out | {k: p.view_as(p) for k,p in self.fc.named_parameters()}
 
 # %% ../nbs/01_heads.ipynb #23a02f95
 def square_norm(

@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['center_hypers', 'squared_center_distance', 'check_centers', 'center_loss', 'update_centers', 'CenterLoss']
 
-# %% ../../nbs/losses/10_center.ipynb #ecdaecbc
+# %% ../../nbs/losses/10_center.ipynb #8cb7a789
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision, gather_samples, reduce_losses
-from ..heads import CenterHead
+from ..heads import CenterHead, linear_cross_entropy
 
-# %% ../../nbs/losses/10_center.ipynb #3acfa59a
+# %% ../../nbs/losses/10_center.ipynb #2f160091
 center_hypers = dict(
     lam=Number(0, search=(1e-4, 0.1), log=True),
     alpha=Number(0, 1, search=(0.05, 1.)),
@@ -67,7 +67,7 @@ def update_centers(
     step = centers.index_select(0, y).to(dtype).sub_(x).mul_((alpha/(1+n[y]))[:,None])
     centers.index_add_(0, y, step.to(centers.dtype), alpha=-1)
 
-# %% ../../nbs/losses/10_center.ipynb #ac7b0b32
+# %% ../../nbs/losses/10_center.ipynb #56f26d61
 class CenterLoss(DiscLoss):
     "Cross-entropy plus lam times center loss; the class centers live in the CenterHead"
     hypers = center_hypers
@@ -84,7 +84,9 @@ class CenterLoss(DiscLoss):
     def center_term(self, feats, targ, centers): return center_loss(feats, targ, centers, reduction='none')
 
     def head(self, n_in, n_out): return CenterHead(n_in, n_out, learned=self.learned)
-    def loss(self, logits, feats, centers, targ):
-        return F.cross_entropy(logits, targ, reduction='none') + self.lam*self.center_term(feats, targ, centers)
+    def loss(self, feats, centers, targ, logits=None, weight=None, bias=None):
+        if logits is None: ce = linear_cross_entropy(feats, weight, targ, bias)
+        else: ce = F.cross_entropy(logits, targ, reduction='none')
+        return ce + self.lam*self.center_term(feats, targ, centers)
     def track(self, feats, centers, targ):
         if not self.learned: update_centers(centers, feats, targ, self.alpha)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['covariances', 'lgm_hypers', 'gaussian_logits', 'lgm_loss', 'log_likelihood', 'LGMHead', 'LGMLoss']
 
-# %% ../../nbs/losses/42_lgm.ipynb #b972f7b5
+# %% ../../nbs/losses/42_lgm.ipynb #c3bc8474
 import math
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..core import (Choice, DiscLoss, Head, Number, Other, check_hparams, check_inputs, full_precision,
     reduce_losses)
-from ..heads import square_norm
+from ..heads import cross_entropy_of, many_classes, own_and_others, square_norm
 
-# %% ../../nbs/losses/42_lgm.ipynb #32913476
+# %% ../../nbs/losses/42_lgm.ipynb #36ed5921
 def _check_shapes(feats, means, log_var):
     "Raise ValueError if means or variances do not fit the features"
     K, D = len(means), feats.shape[1]
@@ -33,10 +33,17 @@ def gaussian_logits(
 ) -> Tensor: # Shape (batch, classes)
     "Log of prior times Gaussian density for each class, up to (d/2) log(2 pi); softmax of it is the Bayes posterior"
     _check_shapes(feats, means, log_var)
+    return _score(feats, means.detach().mean(0), *_tables(means, log_var, log_prior))
+
+def _tables(means, log_var, log_prior):
+    "What has a row for each class"
+    prior = means.new_zeros(len(means)) if log_prior is None else log_prior
+    return (means, prior) if log_var is None else (means, prior, log_var)
+
+def _score(feats, shift, means, prior, log_var=None):
+    "The logits of these classes"
     # Distances do not change when all moves to the mean of the means, and rounding errors do
-    shift = means.detach().mean(0)
-    x, m = feats-shift, (means-shift).to(feats.dtype)
-    prior = 0 if log_prior is None else log_prior.to(feats.dtype)
+    x, m, prior = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype), prior.to(feats.dtype)
     # $x^\top\mu_k - \frac12\lVert\mu_k\rVert^2 + \log p(k) - \frac12\lVert x\rVert^2$
     if log_var is None: return F.linear(x, m, prior - square_norm(m)/2).sub_(square_norm(x)[:,None]/2)
     log_var = log_var.to(feats.dtype)
@@ -73,23 +80,26 @@ def lgm_loss(
     alpha:float|Tensor=0.3, # Margin, at least 0; 0.3 in the authors' code for CIFAR, 1 for MNIST
     lam:float|Tensor=0.1, # Weight of the likelihood term, at least 0; 0.1 in the authors' code for CIFAR
     reduction:str='mean', # 'mean', 'sum' or 'none'
-    logits:Tensor|None=None, # What gaussian_logits gives for all this, if already known
+    logits:Tensor|None=None, # What gaussian_logits gives for all this, if already known; None: made in chunks of classes
 ) -> Tensor: # A scalar, or shape (batch,)
     "Cross-entropy of the Gaussian mixture's posterior with margin, plus lam times the negative log-likelihood"
     check_inputs(targ, n_out=len(means), feats=feats)
+    _check_shapes(feats, means, log_var)
     check_hparams(lgm_hypers, alpha=alpha, lam=lam)
-    if logits is None: logits = gaussian_logits(feats, means, log_var, log_prior)
     targ = targ.long()
-    own = targ[:,None]
+    # $\ell_{z_i}$
+    if logits is None: own, others = own_and_others(_score, targ, (feats, means.detach().mean(0)), _tables(means, log_var, log_prior))
+    else: own = logits.gather(1, targ[:,None])[:,0]
+    # $d_{z_i}$, exact as a value; its derivatives are those of $-\ell_{z_i}-\frac12\log|\Lambda_{z_i}|$
     d, volume = _own_distance(feats.detach(), targ, means.detach(), log_var)
-    # Exact as a value; its derivatives are those of the logit $\ell_{z_i}=-d_{z_i}-\frac12\log|\Lambda_{z_i}|+\log p(z_i)$
-    same = -logits.gather(1, own)[:,0] - volume
-    d = d + (same - same.detach())
+    rounded = -own - volume
+    d = d + (rounded - rounded.detach())
     # $\ell_{z_i}-\alpha d_{z_i}$
-    with_margin = logits.scatter_add(1, own, (-alpha*d).to(logits.dtype)[:,None])
+    less = (-alpha*d).to(own.dtype)
+    if logits is None: posterior = cross_entropy_of(own+less, others)
+    else: posterior = F.cross_entropy(logits.scatter_add(1, targ[:,None], less[:,None]), targ, reduction='none')
     # $L_{cls}+\lambda\,(d_{z_i}+\frac12\log|\Lambda_{z_i}|)$
-    losses = F.cross_entropy(with_margin, targ, reduction='none') + lam*(d+volume)
-    return reduce_losses(losses, reduction)
+    return reduce_losses(posterior + lam*(d+volume), reduction)
 
 def _own_distance(feats, targ, means, log_var):
     "Half the squared Mahalanobis distance to the own mean, as exact differences, and half the log determinant"
@@ -109,7 +119,7 @@ def log_likelihood(
     # $\log\sum_k p(k)\,\mathcal N(x;\mu_k,\Lambda_k)=\log\sum_ke^{\ell_k}-\frac D2\log2\pi$
     return logits.logsumexp(1) - n_feats*math.log(2*math.pi)/2
 
-# %% ../../nbs/losses/42_lgm.ipynb #e92428d2
+# %% ../../nbs/losses/42_lgm.ipynb #761e42db
 class LGMHead(Head):
     "A Gaussian for each class; logits are those of the Bayes posterior; in training a dict"
     def __init__(self,
@@ -118,12 +128,14 @@ class LGMHead(Head):
         covariance:str='identity', # Variances: all 1, one learned for each class ('isotropic'), or for each class and feature ('diagonal')
         min_var:float=0.05, # Learned variances stay above this; in [0, 1). Our choice; the authors' layer has a floor of 0.0001
         prior:list|None=None, # Class probabilities, n_out positive numbers that sum to 1; None: uniform
+        chunked:bool|None=None, # In training, leave the logits to the loss, which makes them in chunks? None: above many_classes
     ):
         super().__init__(n_in, n_out)
         check_hparams(lgm_hypers, covariance=covariance, min_var=min_var, prior=prior)
         p = torch.full((n_out,), 1/n_out) if prior is None else torch.as_tensor(prior, dtype=torch.float32)
         if len(p) != n_out: raise ValueError(f"prior must have {n_out} numbers, one for each class, got {len(p)}")
         self.covariance,self.min_var = covariance,min_var
+        self.chunked = n_out > many_classes if chunked is None else chunked
         self.means = nn.Parameter(nn.init.kaiming_normal_(torch.empty(n_out, n_in)))
         if covariance != 'identity':
             self.rho = nn.Parameter(torch.zeros(n_out, 1 if covariance == 'isotropic' else n_in))
@@ -139,13 +151,13 @@ class LGMHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training logits, feats, means, ramp, and log_var where variances are learned
+    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Logits of the Bayes posterior, and in training what the loss needs"
-        log_var = self.log_var
-        logits = gaussian_logits(feats, self.means, log_var, self.log_prior)
-        if not self.training: return logits
-        out = dict(logits=logits, feats=feats, means=self.means, ramp=self.ramp.detach())
-        return out if log_var is None else dict(out, log_var=log_var)
+        log_var, prior = self.log_var, self.log_prior.detach()
+        if not self.training: return gaussian_logits(feats, self.means, log_var, prior)
+        out = dict(feats=feats, means=self.means.view_as(self.means), ramp=self.ramp.detach(), log_prior=prior)
+        if log_var is not None: out['log_var'] = log_var
+        return out if self.chunked else dict(out, logits=gaussian_logits(feats, self.means, log_var, prior))
 
     def extra_repr(self): return f'n_in={self.n_in}, n_out={self.n_out}, covariance={self.covariance!r}'
 
@@ -165,7 +177,6 @@ class LGMLoss(DiscLoss):
         self.set_hparams(alpha=alpha, lam=lam, covariance=covariance, min_var=min_var, prior=prior)
 
     def head(self, n_in, n_out): return LGMHead(n_in, n_out, self.covariance, self.min_var, self.prior)
-    def loss(self, logits, feats, means, ramp, targ, log_var=None):
-        share = ramp.to(logits.dtype)
-        return lgm_loss(feats, targ, means, log_var, alpha=self.alpha*share[0], lam=self.lam*share[1],
-            reduction='none', logits=logits)
+    def loss(self, feats, means, ramp, targ, logits=None, log_var=None, log_prior=None):
+        alpha, lam = self.alpha*ramp[0].to(feats.dtype), self.lam*ramp[1].to(feats.dtype)
+        return lgm_loss(feats, targ, means, log_var, log_prior, alpha, lam, reduction='none', logits=logits)

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['shifts', 'sigma2r_hypers', 'sigma2r_loss', 'Sigma2RLoss']
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #fd5f21a7
+# %% ../../nbs/losses/20_sigma2r.ipynb #279f30f0
 import torch
 from torch import Tensor
 
 from ..core import Choice, Number, all_sum, check_hparams, full_precision, reduce_losses
 from .center import CenterLoss, squared_center_distance
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #3aa7455f
+# %% ../../nbs/losses/20_sigma2r.ipynb #52636ff3
 shifts = dict(relative=1., absolute=0.) # With their default turning points
 
 sigma2r_hypers = dict(
@@ -46,7 +46,7 @@ def sigma2r_loss(
     if detach_weight: factor = factor.detach()
     return reduce_losses(factor*d, reduction)
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #ca8bfc36
+# %% ../../nbs/losses/20_sigma2r.ipynb #2efea132
 class Sigma2RLoss(CenterLoss):
     "Cross-entropy plus lam times σ²R; the class centers live in the CenterHead"
     hypers = CenterLoss.hypers | sigma2r_hypers
