@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import (Choice, DiscLoss, Head, Number, Other, check_hparams, check_inputs, full_precision,
-    reduce_losses)
-from ..heads import cross_entropy_of, many_classes, own_and_others, square_norm
+    many_classes, reduce_losses)
+from ..heads import cross_entropy_of, own_and_others, square_norm
 
 # %% ../../nbs/losses/42_lgm.ipynb #36ed5921
 def _check_shapes(feats, means, log_var):
