@@ -40,6 +40,9 @@ _rc = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor'
 
 class Picture(Figure):
     "A figure that shows itself with two pixels a point on a transparent ground"
+    # nbdev cannot read the source of the inherited one
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+
     def draw(self, renderer):
         # text that was made outside of plot_style is black, and legends have a white ground
         for leg in self.findobj(Legend): leg.set_frame_on(False)

@@ -125,6 +125,24 @@ def shows_nothing(cell):
 def test_cells_have_their_output(path):
     for cell in cells(path, 'code'): assert not shows_nothing(cell), cell.source[-300:]
 
+def modules():
+    import importlib, pkgutil
+    import discloss
+    names = [m.name for m in pkgutil.walk_packages(discloss.__path__, 'discloss.')]
+    return [importlib.import_module(n) for n in names if n not in ('discloss.all', 'discloss._modidx')]
+
+def test_signatures_can_be_shown():
+    "nbdev shows each exported function and class; what it cannot read stops the docs"
+    from nbdev.showdoc import show_doc
+    bad = []
+    for module in modules():
+        for name in getattr(module, '__all__', []):
+            what = getattr(module, name)
+            if not callable(what) or what.__module__ != module.__name__: continue
+            try: show_doc(what)._repr_markdown_()
+            except Exception as e: bad.append(f'{module.__name__}.{name}: {e!r}')
+    assert not bad, bad
+
 # ---------------------------------------------------------------- the interactive page
 
 def by_torch(case):
