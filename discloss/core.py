@@ -523,16 +523,27 @@ def _operation(node, modules):
     return getattr(node.target, '__name__', str(node.target))
 
 def _classifiers_before(node, modules, most=50):
-    "The nearest linear layers from which a node comes"
+    "The nodes of the nearest linear layers from which a node comes"
     found, queue, seen = [], [node], set()
     while queue and len(seen) < most:
         n = queue.pop(0)
         if n in seen: continue
         seen.add(n)
         is_linear = n.op == 'call_module' and isinstance(modules[n.target], (nn.Linear, Head))
-        if is_linear: found.append(n.target)
+        if is_linear: found.append(n)
         else: queue += n.all_input_nodes
     return found
+
+def _side_by_side(nodes):
+    "Does none of these nodes come from another, as those of residual blocks do?"
+    def above(node):
+        queue, seen = [node], set()
+        while queue:
+            new = [n for n in queue.pop().all_input_nodes if n not in seen]
+            seen.update(new)
+            queue += new
+        return seen
+    return not any(seen & set(nodes) for seen in map(above, nodes))
 
 # %% ../nbs/00_core.ipynb #af5bfd51
 def _from_graph(model, graph):
@@ -540,20 +551,32 @@ def _from_graph(model, graph):
     modules = dict(model.named_modules())
     out = next(n for n in graph.nodes if n.op == 'output').args[0]
     name = type(model).__name__
-    if not isinstance(out, fx.Node):
-        raise ValueError(f"{name} returns {type(out).__name__}, not one tensor of logits: let it return its logits alone")
+    returns = _container(out)
+    if returns: raise ValueError(f"{name} returns {returns}, not one tensor of logits: let it return its logits alone")
     while out.op == 'call_module' and type(modules[out.target]) is nn.Identity: out = out.all_input_nodes[0]
     is_classifier = out.op == 'call_module' and isinstance(modules[out.target], (nn.Linear, Head))
     if is_classifier: return out.target
-    before = _classifiers_before(out, modules)
-    if len(before) > 1 and not _is_body(before, out, modules):
+    nodes = _classifiers_before(out, modules)
+    before = list(dict.fromkeys(n.target for n in nodes))
+    if len(before) > 1 and out.op != 'call_module' and _side_by_side(nodes):
         raise ValueError(f"the output of {name} comes from {len(before)} classifiers, {before}, by {_operation(out, modules)}: "
-                         "take the model with a single classifier, or as a body without one, with the attribute n_feats")
+                         "take the model with a single classifier, or as a body without one "
+                         f"(timm: num_classes=0) and say how many features it gives: model.n_feats = {_n_feats(model)}; "
+                         "or name the module that gives the logits with layer=...")
     raise ValueError(f"the output of {name} is not that of a linear layer, but of {_operation(out, modules)}"
                      f"{_after(before)}. If the model changes its logits, let it return them as they are; if it is a body, "
-                     "say how many features it gives: model.n_feats = ...; or name the layer to replace with layer=...")
+                     f"say how many features it gives: model.n_feats = {_n_feats(model)}; or name the layer to replace with layer=...")
 
-def _is_body(before, out, modules): return out.op == 'call_module'
+def _container(out):
+    "The type of an output that is not one tensor, or None"
+    if not isinstance(out, fx.Node): return type(out).__name__.removeprefix('immutable_')
+    is_type = out.op == 'call_function' and isinstance(out.target, type)
+    return out.target.__name__ if is_type else None
+
+def _n_feats(model):
+    "How a model says how many features it gives: timm's do"
+    return 'model.num_features' if isinstance(getattr(model, 'num_features', None), int) else '...'
+
 def _after(before): return f", after {before[0]!r}" if len(before) == 1 else ''
 
 # %% ../nbs/00_core.ipynb #ef5f3c13
@@ -573,18 +596,20 @@ def _from_batch(model, x):
     found = [k for k,v in gave.items() if v is out]
     if found: return found[-1]
     raise ValueError(f"the output of {type(model).__name__} is not that of a linear layer ({list(gave)[-5:]} ran): let it return its logits "
-                     "as they are, say how many features a body gives (model.n_feats = ...), or name the layer to replace with layer=...")
+                     f"as they are, say how many features a body gives (model.n_feats = {_n_feats(model)}), or name the layer to replace with layer=...")
 
 def _from_names(model):
     "Name of the classifier of a model that cannot be traced, from the usual names"
     names = {m: k for k,m in model.named_modules() if isinstance(m, nn.Linear)}
     if len(names) == 1: return next(iter(names.values()))
-    by_timm = getattr(model, 'get_classifier', lambda: None)()
-    if by_timm in names: return names[by_timm]
+    by_timm = _timm_classifier(model)
+    if isinstance(by_timm, nn.Linear): return names[by_timm]
     usual = [k for k in names.values() if k in _usual_names]
     if len(usual) == 1: return usual[0]
     raise ValueError(f"cannot tell where the output of {type(model).__name__} comes from: give one batch, x=..., or name the layer "
                      f"to replace, layer=..., for example one of {list(names.values())[-5:]}")
+
+def _timm_classifier(model): return getattr(model, 'get_classifier', lambda: None)()
 
 def _find(model, layer=None, x=None):
     "Name of the classifier of a model"
@@ -595,11 +620,36 @@ def _find(model, layer=None, x=None):
     heads = [k for k,m in modules.items() if isinstance(m, Head)]
     if len(heads) == 1: return heads[0]
     if len(heads) > 1: raise ValueError(f"the model has {len(heads)} heads, {heads}: name one with layer=...")
+    if isinstance(model, nn.Linear): return ''
     if not any(isinstance(m, nn.Linear) for m in modules.values()):
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to replace: name its classifier with layer=..., or give a body with the attribute n_feats")
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to replace{_why_no_linear(model)}")
+    if type(_timm_classifier(model)) is nn.Identity:
+        raise ValueError(f"{type(model).__name__} has no classifier, so it is a body: say how many features it gives, "
+                         f"model.n_feats = {_n_feats(model)}")
     if x is not None: return _from_batch(model, x)
     graph = _trace(model)
-    return _from_names(model) if graph is None else _from_graph(model, graph)
+    if graph is not None: return _from_graph(model, graph)
+    inner = _wrapped(model)
+    return f'{inner}.{_find(model.get_submodule(inner))}'.rstrip('.') if inner else _from_names(model)
+
+def _wrapped(model):
+    "Name of the one child that holds all parameters, as in DataParallel, or None"
+    holders = [k for k,c in model.named_children() if any(True for _ in c.parameters())]
+    alone = len(holders) == 1 and not any(True for _ in model.parameters(recurse=False))
+    return holders[0] if alone else None
+
+def _why_no_linear(model):
+    "What kind of model that is, and what to do"
+    kinds = {type(m).__module__ for m in model.modules()}
+    if isinstance(model, torch.jit.ScriptModule): return ", for TorchScript cannot be changed: use with_head before torch.jit"
+    if any('quantized' in k for k in kinds): return ", for quantized layers cannot be trained: use with_head before quantizing"
+    if isinstance(model, fx.GraphModule): return " in its graph: use with_head before torch.export"
+    convs = [(k, m) for k,m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    says = f". If it is a body, say how many features it gives: model.n_feats = {_n_feats(model)}"
+    if not convs: return says
+    name, conv = convs[-1]
+    return says + (f"; if a convolution is its classifier ({name!r}, {type(conv).__name__}), put nn.Identity() in its place "
+                   f"and set model.n_feats = {conv.in_channels}")
 
 def find_head(
     model:nn.Module, # Any model
@@ -625,7 +675,7 @@ def _check_output(model, args, out):
     error = sys.exc_info()[1] if out is None else None
     name = type(model).__name__
     if error is not None:
-        if 'dict' in str(error): error.args = (f"{error}. In training the head of {name} gives a dict by name, and the model does something with it: "
+        if 'dict' in str(error) or isinstance(error, KeyError): error.args = (f"{error}. In training the head of {name} gives a dict by name, and the model does something with it: "
                                                "let it return what its classifier gives as it is (discloss.core.with_head)",)
         return
     inner = out.get('logits') if isinstance(out, Mapping) else None
@@ -634,7 +684,8 @@ def _check_output(model, args, out):
         raise TypeError(f"in training {name} returns {len(out)} outputs, so it has a second or auxiliary classifier: switch it off (torchvision: "
                         "aux_logits=False), or let the model return the output of its head alone")
     raise TypeError(f"the output of {name} does not come from the head that with_head put in: it is {type(out).__name__}, not the head's dict. "
-                    "Name the layer that is the classifier: with_head(model, loss, n_out, layer=...)")
+                    "Name the layer that is the classifier: with_head(model, loss, n_out, layer=...). Layers that a model keeps in a plain "
+                    "list belong into an nn.ModuleList")
 
 # %% ../nbs/00_core.ipynb #a74aa110
 def with_head(
@@ -646,15 +697,14 @@ def with_head(
 ) -> nn.Module: # A copy of the model that ends in loss.head(n_in, n_out)
     "A copy of a model with the head of a loss; raises ValueError where the classifier cannot be told"
     _check_kinds(model, loss, n_out)
-    model = deepcopy(model)
+    model = _copy(model)
     if layer is None and _is_bare_body(model): return nn.Sequential(model, loss.head(model.n_feats, n_out))
     name = _find(model, layer, x)
     old = model.get_submodule(name)
-    _warn_embedding(name, old, n_out, layer)
     head = _like(old, loss.head(_n_in(name, old), n_out))
+    _warn_embedding(name, old, n_out, layer)
     if name == '': return head
-    parent,_,child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, head)
+    _replace(model, old, head)
     if _check_output not in model._forward_hooks.values():
         model.register_forward_hook(_check_output, always_call=True)
     return model
@@ -665,6 +715,21 @@ def _check_kinds(model, loss, n_out):
     if not isinstance(model, nn.Module): raise TypeError(f"with_head needs a model, an nn.Module, got {type(model).__name__}")
     if not isinstance(n_out, Integral): raise TypeError(f"n_out must be a whole number, got {n_out!r}")
 
+def _copy(model):
+    "A deep copy, without the graphs of tensors that a forward pass left in the model"
+    held = [t for m in model.modules() for t in (*vars(m).values(), *m.buffers(recurse=False))]
+    left = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+    try: return deepcopy(model, {id(t): t.detach().clone() for t in left})
+    except Exception as e:
+        raise TypeError(f"{type(model).__name__} cannot be copied ({e}), and with_head works on a copy: "
+                        "let the model hold its layers and no locks, files, or results of a forward pass") from e
+
+def _replace(model, old, new):
+    "Put a module in the place of another, under all its names"
+    for m in list(model.modules()):
+        for name,child in list(m._modules.items()):
+            if child is old: setattr(m, name, new)
+
 def _is_bare_body(model):
     says = isinstance(getattr(model, 'n_feats', None), int)
     return says and not any(isinstance(m, Head) for m in model.modules())
@@ -673,15 +738,21 @@ def _n_in(name, old):
     "Number of features that a layer takes"
     n = getattr(old, 'n_in', getattr(old, 'in_features', None))
     if n: return n
-    raise ValueError(f"cannot tell how many features {name!r} ({type(old).__name__}) takes: replace an nn.Linear or a Head")
+    kind = type(old).__name__
+    if isinstance(old, nn.LazyLinear):
+        raise ValueError(f"cannot tell how many features {name!r} (LazyLinear) takes before its first batch: run one batch through the model first")
+    raise ValueError(f"cannot tell how many features {name!r} ({kind}) takes: replace an nn.Linear or a Head, "
+                     f"or give this {kind} the attribute in_features")
 
 def _like(old, head):
     "The new head on the device and in the dtype of the old one, with its linear weights where they mean the same"
     new_fc, old_fc = getattr(head, 'fc', head), getattr(old, 'fc', old)
     means_the_same = getattr(old, 'linear', True) and getattr(head, 'linear', True)
+    tensors = [*old.parameters(), *old.buffers()]
+    floats = [t.dtype for t in tensors if t.is_floating_point()]
+    if tensors: head.to(tensors[0].device, *floats[:1])
     if means_the_same and _shapes(new_fc) == _shapes(old_fc): new_fc.load_state_dict(old_fc.state_dict())
-    floats = [t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()]
-    return head.to(floats[0].device, floats[0].dtype) if floats else head
+    return head
 
 def _shapes(m): return type(m), {k: v.shape for k,v in m.state_dict().items()}
 
