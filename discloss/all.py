@@ -3,28 +3,23 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #bf867fae
-import importlib, pkgutil
-
-import discloss.losses
-from .bodies import *
-from .callbacks import *
+# %% ../nbs/99_all.ipynb #5f5cfdc6
+from .bodies import lenetpp, resnet9, resnet18_cifar, small_body
+from .callbacks import FeatureFilm, LGMRamp, PODSchedule
 from .compare import compare
-from .comparison import Comparison, better, load_comparison
+from .comparison import Comparison, load_comparison
 from .contract import check_loss
-from .core import *
-from .data import *
-from .geometry import *
-from .heads import *
-from .learner import *
-from .plot import *
-from .pruning import *
-from .runs import default_lr, loss_learner
-from .specs import all_losses, parse_loss, parse_losses
+from .core import DiscLoss, LinearHead, find_head, training_head, with_head
+from .data import class_balanced, image_dls
+from .evaluate import embed, evaluate, nearest
+from .geometry import Geometry, GeometryCallback, get_features
+from .heads import CenterHead, CosineHead
+from .learner import TrainMetrics, disc_learner, fit, quiet
+from .plot import plot_confusion, plot_curves, plot_features, plot_reliability, plot_scores
+from .pruning import prune
+from .report import write_report
+from .specs import all_losses, parse_loss
+from .tune import tune
 
-for _m in pkgutil.iter_modules(discloss.losses.__path__, 'discloss.losses.'):
-    _m = importlib.import_module(_m.name)
-    globals().update({k: getattr(_m, k) for k in _m.__all__})
-
-# `Head` and `Body` are for authors of heads and bodies, and are HTML tags in what `fastai.vision.all` brings along
-__all__ = [k for k in globals() if not k.startswith('_') and k not in ('importlib','pkgutil','discloss','Head','Body')]
+globals().update({c.__name__: c for c in all_losses().values()})
+__all__ = [k for k,v in globals().items() if not k.startswith('_')]

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['search_space', 'suggest', 'validation_accuracy', 'Tuned', 'tune', 'discloss_tune']
 
-# %% ../nbs/23_tune.ipynb #34b28302
+# %% ../nbs/23_tune.ipynb #6caae64d
 import math, sys
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 
 from .core import Choice, DiscLoss, Number, Other
-from .compare import fingerprint
-from .data import image_dls
+from .data import fingerprint, image_dls
 from .plot import plot_style
 from .runs import arch_name, default_arch, default_lr, loss_learner, Watch
 from .learner import quiet
