@@ -105,6 +105,9 @@ def test_verification_against_scikit_learn(metric):
 def test_verification_of_known_cases():
     apart = verification(torch.tensor([[1.,0.],[1.,0.],[0.,1.],[0.,1.]]), torch.tensor([0,0,1,1]))
     assert (apart.eer, apart.auroc, apart.tar_at(0), apart.tar_at(0.5)) == (0, 1, 1, 1)
+    assert apart.threshold_at(0) == pytest.approx(1, abs=1e-5) and apart.threshold_at(1) == pytest.approx(0, abs=1e-5)
+    steps = Verification(np.array([np.inf,.9,.5]), np.array([0,.6,1]), np.array([0,.25,1])) # A rate that is met exactly
+    assert (steps.tar_at(.25), steps.threshold_at(.25), steps.tar_at(.24)) == (.6, .9, 0)
     collapsed = verification(torch.ones(4,2), torch.tensor([0,0,1,1]))
     assert (collapsed.eer, collapsed.auroc, collapsed.tar_at(0.9)) == (0.5, 0.5, 0)
     assert collapsed.threshold_at(0.9) == np.inf
@@ -132,6 +135,8 @@ def test_unknown_table_against_scikit_learn():
     assert row.AUROC == roc_auc_score([1]*500+[0]*300, torch.cat([a,b]))
     assert 0.9 <= row['known accepted'] <= 0.903
     assert row['unknown accepted'] == (b >= row.threshold).double().mean().item()
+    few = dict(s=torch.tensor([0.,1.]))
+    assert unknown_table(few, few, 0.9).loc['s','known accepted'] == 1 # Never fewer than asked for
     with pytest.raises(ValueError, match='accept must be in'): unknown_table(dict(s=a), dict(s=b), 0)
 
 def test_likelihood_of_a_mixture():

@@ -375,10 +375,11 @@ def test_an_interrupted_fit_leaves_nothing():
     learn.fit(1)
     assert not learn.metrics and [r['epoch'] for r in learn.geometry.records] == [0,1]
 
-def test_divergence_gives_nan():
+@pytest.mark.parametrize('where', ['the last logit','the last feature'])
+def test_divergence_gives_nan(where):
     learn = learner(cbs=GeometryCallback())
     learn.fit(1)
-    with torch.no_grad(): find_head(learn.model).fc.weight[-1,-1] = math.nan # The last logit only
-    with torch.no_grad(): learn.model[0][0].weight[-1,-1] = math.inf
+    layer = find_head(learn.model).fc if where == 'the last logit' else learn.model[0][0]
+    with torch.no_grad(): layer.weight[-1,-1] = math.nan
     learn.validate()
     assert all(math.isnan(v) for v in learn.geometry.last.values()) and len(learn.geometry.last) == len(geometry_measures)

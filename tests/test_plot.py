@@ -213,6 +213,10 @@ def test_share_nearer_to_another_mean():
     feats,targ = torch.tensor([[0.,0.],[1.,0.],[9.,0.],[10.,0.],[0.,1.]]), torch.tensor([0,0,1,1,1]) # The last lies with the others
     assert '20.0% nearer to another mean' in texts(plot_distances({'a': (feats,targ)}))
 
+def test_share_nearer_by_the_cosine():
+    feats,targ = torch.tensor([[1.,0.],[2.,.1],[0.,1.],[.1,2.],[3.,0.]]), torch.tensor([0,0,1,1,1])
+    assert '20.0% nearer to another mean' in texts(plot_distances({'a': (feats,targ)}, 'cosine'))
+
 def test_confusion_shades_and_numbers():
     fig = plot_confusion([[8,2],[0,0]], ['x','y'])
     shades = fig.axes[0].images[0].get_array()
