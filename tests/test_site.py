@@ -20,7 +20,7 @@ old_pages = set("""
 00_core.ipynb 01_heads.ipynb 02_bodies.ipynb 03_data.ipynb 04_geometry.ipynb 05_plot.ipynb
 06_contract.ipynb 07_compare.ipynb 08_learner.ipynb 09_statistics.ipynb 10_specs.ipynb
 11_runs.ipynb 12_store.ipynb 13_comparison.ipynb 14_report.ipynb 15_command.ipynb 21_evaluate.ipynb 22_callbacks.ipynb 23_tune.ipynb
-24_study.ipynb
+24_study.ipynb 26_bench.ipynb
 99_all.ipynb losses/00_cross_entropy.ipynb losses/10_center.ipynb
 losses/20_sigma2r.ipynb losses/30_ldmat.ipynb losses/40_pedcc.ipynb losses/41_pod.ipynb
 losses/42_lgm.ipynb losses/50_gsoftmax.ipynb losses/51_so_softmax.ipynb losses/52_normface.ipynb
