@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ldmat_hypers', 'ldmat_loss', 'NearestMeanHead', 'update_means', 'LDMATLoss']
 
-# %% ../../nbs/losses/30_ldmat.ipynb #651d6a6a
+# %% ../../nbs/losses/30_ldmat.ipynb #a86f45df
 import torch
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
     reduce_losses)
 from ..heads import distances, squared_distances
 
-# %% ../../nbs/losses/30_ldmat.ipynb #b76c79a9
+# %% ../../nbs/losses/30_ldmat.ipynb #b103fcaa
 ldmat_hypers = dict(
     delta=Number(0, above=True, search=(0.5, 10.), log=True),
     slack=Number(0, 1, below=True, search=(0., 0.5)),
@@ -57,7 +57,7 @@ def _balance(same, all_targ, dtype):
     kinds = ((n_same > 0).to(dtype) + (n_differ > 0)).clamp_min(1)
     return (n*n-n)/(kinds*torch.where(same, n_same, n_differ).clamp_min(1))
 
-# %% ../../nbs/losses/30_ldmat.ipynb #1d7a747d
+# %% ../../nbs/losses/30_ldmat.ipynb #fafd616f
 class NearestMeanHead(Head):
     "Nearest running class mean, without any parameter; in training logits, feats, means and counts"
     def __init__(self,
@@ -107,7 +107,7 @@ def update_means(
     step = means.index_select(0, y).to(dtype).sub_(x).mul_(share[y][:,None])
     means.index_add_(0, y, step.to(means.dtype), alpha=-1)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #b2d078e9
+# %% ../../nbs/losses/30_ldmat.ipynb #990dc994
 class LDMATLoss(DiscLoss):
     "LDMAT on the features, without softmax; the running class means live in the NearestMeanHead"
     separable,pairs = False,True

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['pedcc_hypers', 'simplex', 'check_centroids', 'from_centroid', 'pedcc_loss', 'PEDCCHead', 'PEDCCLoss']
 
-# %% ../../nbs/losses/40_pedcc.ipynb #940c8b48
+# %% ../../nbs/losses/40_pedcc.ipynb #b8b70bc8
 import math
 
 import torch
@@ -15,7 +15,7 @@ from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
     reduce_losses)
 from ..heads import cosine, unit
 
-# %% ../../nbs/losses/40_pedcc.ipynb #38939a72
+# %% ../../nbs/losses/40_pedcc.ipynb #c12b8871
 def simplex(
     n_points:int, # Number of points, at least 2
     dim:int, # Number of dimensions; at least n_points-1, unless `spread`
@@ -58,7 +58,7 @@ def _spread(n, dim, gen):
         x = F.normalize(x - (w+w.mT)@x/(2*t), dim=2)
     return x[(x@x.mT - eye).amax((1,2)).argmin()]
 
-# %% ../../nbs/losses/40_pedcc.ipynb #8212fc45
+# %% ../../nbs/losses/40_pedcc.ipynb #e4080546
 pedcc_hypers = dict(
     scale=Number(0, above=True, search=(1., 30.), log=True),
     margin=Number(0, search=(0., 0.6)),
@@ -112,7 +112,7 @@ def pedcc_loss(
     with_margin = logits.scatter_add(1, own, logits.new_full(own.shape, -scale*margin))
     return reduce_losses(F.cross_entropy(with_margin, own[:,0], reduction='none') + lam*mse, reduction)
 
-# %% ../../nbs/losses/40_pedcc.ipynb #026526b7
+# %% ../../nbs/losses/40_pedcc.ipynb #4f0623be
 class PEDCCHead(Head):
     "Scaled cosine to fixed centroids; in training logits, feats and centroids"
     def __init__(self,

@@ -4,7 +4,7 @@
 __all__ = ['corr_reductions', 'norm_sources', 'pod_hypers', 'norm_adaptive_cosine_loss', 'correlation_loss', 'pod_loss',
            'PODHead', 'count_norms', 'PODLoss']
 
-# %% ../../nbs/losses/41_pod.ipynb #b47b789e
+# %% ../../nbs/losses/41_pod.ipynb #7b567763
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..core import (Choice, DiscLoss, Number, all_sum, check_hparams, full_preci
     reduce_losses)
 from .pedcc import PEDCCHead, check_centroids, from_centroid, pedcc_hypers
 
-# %% ../../nbs/losses/41_pod.ipynb #d6fcd415
+# %% ../../nbs/losses/41_pod.ipynb #8ca505a4
 # What the sum over pairs of coordinates is divided by
 corr_reductions = dict(dim=lambda d: d-1, sum=lambda d: 1, mean=lambda d: d*(d-1))
 
@@ -59,8 +59,9 @@ def correlation_loss(
     # $\sum_{p,q}(Z^\top Z)_{pq}^2=\sum_{i,j}(ZZ^\top)_{ij}^2$: the smaller matrix will do
     gram = z@z.T if n < d else z.T@z
     # $\sum_{p\ne q}$: all less the diagonal
-    off = gram.square().sum() - z.square().sum(0).square().sum()
-    return off.relu() / max(n-1, 1)**2 / max(corr_reductions[corr_reduction](d), 1)
+    off = (gram.square().sum() - z.square().sum(0).square().sum()).relu()
+    # A single sample has no covariance
+    return (n > 1)*off / max(n-1, 1)**2 / max(corr_reductions[corr_reduction](d), 1)
 
 def pod_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -78,7 +79,7 @@ def pod_loss(
     if lam > 0: losses = losses + lam*correlation_loss(feats, targ, centroids, corr_reduction)
     return reduce_losses(losses, reduction)
 
-# %% ../../nbs/losses/41_pod.ipynb #97573f97
+# %% ../../nbs/losses/41_pod.ipynb #8f147958
 class PODHead(PEDCCHead):
     "Scaled cosine to fixed centroids; in training logits, feats, centroids, delta and norms"
     def __init__(self,
