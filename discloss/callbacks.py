@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import find_bs, no_random, to_cpu
 from fastcore.basics import patch
 
-from .core import find_head
+from .core import Number, check_hparams, find_head
 from .geometry import get_features
 from .losses.lgm import LGMHead
 from .losses.pod import PODHead
@@ -30,35 +30,43 @@ class LGMRamp(Callback):
         alpha_start:float=0.1, # Share of alpha at the start, in [0, 1]; 0.1 in the authors' code
         lam_start:float=0.01, # Share of lam at the start, in [0, 1]; 0.01 in the authors' code
     ):
-        if not 0 < pct <= 1: raise ValueError(f"pct must be in (0, 1], got {pct}")
-        for name,v in dict(alpha_start=alpha_start, lam_start=lam_start).items():
-            if not 0 <= v <= 1: raise ValueError(f"{name} must be in [0, 1], got {v}")
+        share = Number(0, 1)
+        hypers = dict(pct=Number(0, 1, above=True), alpha_start=share, lam_start=share)
+        check_hparams(hypers, pct=pct, alpha_start=alpha_start, lam_start=lam_start)
         self.pct,self.alpha_start,self.lam_start = pct,alpha_start,lam_start
-    def before_fit(self):
-        self.head = find_head(self.learn.model)
-        if not isinstance(self.head, LGMHead): raise ValueError(f"LGMRamp needs a model with an LGMHead, got {type(self.head).__name__}: model = with_head(model, LGMLoss(), n_out)")
+
+    def before_fit(self): self.head = _head_of(self, LGMHead, 'LGMLoss')
     def before_batch(self):
         if not self.training or hasattr(self, 'lr_finder'): return
-        share = min(1, self.learn.pct_train/self.pct)
-        for i,start in enumerate((self.alpha_start, self.lam_start)): self.head.ramp[i].fill_(start + (1-start)*share)
+        done = min(1, self.learn.pct_train/self.pct)
+        for i,start in enumerate((self.alpha_start, self.lam_start)):
+            self.head.ramp[i].fill_(start + (1-start)*done)
     def after_fit(self):
         self.head.ramp.fill_(1)
         del self.head
+
+def _head_of(cb, kind, loss):
+    "The head of the model, if it is of the right kind"
+    head = find_head(cb.learn.model)
+    if isinstance(head, kind): return head
+    raise ValueError(f"{type(cb).__name__} needs a model whose head is {kind.__name__}, got {type(head).__name__}: "
+                     f"model = with_head(model, {loss}(), n_out)")
 
 # %% ../nbs/22_callbacks.ipynb #3d1e07ed
 class PODSchedule(Callback):
     "Before epoch e of each fit, set the head's delta to alpha*e times the mean norm over the epoch before"
     def __init__(self,
-        alpha:float|None=None, # Rise of delta per epoch in units of the mean norm, at least 0; None: 1/epochs, which is the code's 0.01 at its 100 epochs
+        alpha:float|None=None, # Rise of delta per epoch in units of the mean norm, at least 0; None: 1/epochs, the code's 0.01 at its 100 epochs
     ):
-        if alpha is not None and not alpha >= 0: raise ValueError(f"alpha must be at least 0 or None, got {alpha}")
+        check_hparams(dict(alpha=Number(0, optional=True)), alpha=alpha)
         self.alpha = alpha
+
     def before_train(self):
         if hasattr(self, 'lr_finder'): return
-        head = find_head(self.learn.model)
-        if not isinstance(head, PODHead): raise ValueError(f"PODSchedule needs a model with a PODHead, got {type(head).__name__}: model = with_head(model, PODLoss(), n_out)")
+        head = _head_of(self, PODHead, 'PODLoss')
+        alpha = 1/self.n_epoch if self.alpha is None else self.alpha
         if self.epoch == 0: head.reset()
-        else: head.step(self.epoch*(1/self.n_epoch if self.alpha is None else self.alpha))
+        else: head.step(self.epoch*alpha)
 
 # %% ../nbs/22_callbacks.ipynb #f21eaf20
 _page = '''<div id="ID" class="discloss-film"><style>

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['covariances', 'lgm_hypers', 'gaussian_logits', 'lgm_loss', 'log_likelihood', 'LGMHead', 'LGMLoss']
 
-# %% ../../nbs/losses/42_lgm.ipynb #c3bc8474
+# %% ../../nbs/losses/42_lgm.ipynb #27f71ea0
 import math
 
 import torch
