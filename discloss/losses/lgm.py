@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['covariances', 'lgm_hypers', 'gaussian_logits', 'lgm_loss', 'log_likelihood', 'LGMHead', 'LGMLoss']
 
-# %% ../../nbs/losses/42_lgm.ipynb #27f71ea0
+# %% ../../nbs/losses/42_lgm.ipynb #c2421671
 import math
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..core import (Choice, DiscLoss, Head, Number, Other, check_hparams, check_inputs, full_precision,
     many_classes, reduce_losses)
-from ..heads import cross_entropy_of, own_and_others, square_norm
+from ..heads import by_hand, cross_entropy_of, differentiable_grads, own_and_others, square_norm
 
-# %% ../../nbs/losses/42_lgm.ipynb #36ed5921
+# %% ../../nbs/losses/42_lgm.ipynb #53ac5f31
 def _check_shapes(feats, means, log_var):
     "Raise ValueError if means or variances do not fit the features"
     K, D = len(means), feats.shape[1]
@@ -23,6 +23,27 @@ def _check_shapes(feats, means, log_var):
         raise ValueError(f"means must have shape (classes, {D}) like the features, got {tuple(means.shape)}")
     if log_var is not None and log_var.shape not in ((K, 1), (K, D)):
         raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, got {tuple(log_var.shape)}")
+
+def _unit_gaussians(x, m, prior):
+    # $x^\top\mu_k - \frac12\lVert\mu_k\rVert^2 + \log p(k) - \frac12\lVert x\rVert^2$
+    return F.linear(x, m, prior - square_norm(m)/2).sub_(square_norm(x)[:,None]/2)
+
+class _UnitGaussians(torch.autograd.Function):
+    "The same with its gradient by hand, in fewer passes over the means than autograd's"
+    @staticmethod
+    def forward(ctx, x, m, prior):
+        ctx.save_for_backward(x, m, prior)
+        return _unit_gaussians(x, m, prior)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, m, prior = ctx.saved_tensors
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            return differentiable_grads(_unit_gaussians(x, m, prior), (x, m, prior), grad)
+        by_sample, by_class = grad.sum(1)[:,None], grad.sum(0)
+        dx = (grad@m).addcmul_(x, by_sample, value=-1)
+        dm = (grad.T@x).addcmul_(m, by_class[:,None], value=-1)
+        return dx, dm, by_class if ctx.needs_input_grad[2] else None
 
 @full_precision
 def gaussian_logits(
@@ -44,8 +65,7 @@ def _score(feats, shift, means, prior, log_var=None):
     "The logits of these classes"
     # Distances do not change when all moves to the mean of the means, and rounding errors do
     x, m, prior = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype), prior.to(feats.dtype)
-    # $x^\top\mu_k - \frac12\lVert\mu_k\rVert^2 + \log p(k) - \frac12\lVert x\rVert^2$
-    if log_var is None: return F.linear(x, m, prior - square_norm(m)/2).sub_(square_norm(x)[:,None]/2)
+    if log_var is None: return _UnitGaussians.apply(x, m, prior) if by_hand() else _unit_gaussians(x, m, prior)
     log_var = log_var.to(feats.dtype)
     inv = torch.exp(-log_var)
     x2 = square_norm(x)[:,None] if log_var.shape[1] == 1 else x.square()
