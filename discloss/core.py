@@ -324,6 +324,7 @@ class DiscLoss(nn.Module):
     "Base of all losses: no parameters, no running state; subclasses implement loss(logits, feats, ..., targ)"
     hypers = {} # Name of a hyper-parameter -> Number, Choice or Other: what it may be, and where a search looks
     separable = True # Is the loss of a sample independent of the other samples of the batch?
+    _warned = False # Did it say that a batch holds no pair?
     pairs = False # Does it compare the labels of two samples? Then MixUp and CutMix have no meaning for it
 
     def __init__(self,
@@ -431,7 +432,7 @@ def _check(self:DiscLoss, outs, targ):
     first = key not in self._seen
     if first: self._check_shapes(outs, targ, n_out)
     can_look = not torch._C._are_functorch_transforms_active()
-    if can_look and (first or targ.device.type == 'cpu'): check_labels(targ, n_out)
+    if can_look and (first or targ.device.type == 'cpu'): self._check_values(targ, n_out)
     if not first or not can_look: return
     check_finite(**{k: v for k,v in outs.items() if v.is_floating_point()})
     self._check_hparams()
@@ -442,6 +443,16 @@ def _n_classes(outs):
     logits = outs.get('logits')
     if logits is not None: return logits.shape[-1] if logits.ndim else None
     return len(outs['weight']) if 'weight' in outs else None
+
+@patch
+def _check_values(self:DiscLoss, targ, n_out):
+    "Labels in range; and, for losses that compare samples, two of one class"
+    check_labels(targ, n_out)
+    if not self.pairs or self._warned or n_processes() > 1 or len(targ) < 2: return
+    if not torch.is_grad_enabled() or len(targ.unique()) < len(targ): return
+    self._warned = True
+    warnings.warn(f"{type(self).__name__} compares samples of one class, and no two of the {len(targ)} in this batch "
+                  "are of one class: take a larger batch, or discloss.data.class_balanced", stacklevel=4)
 
 @patch
 def _check_shapes(self:DiscLoss, outs, targ, n_out):

@@ -14,6 +14,7 @@ from discloss.losses.lgm import LGMLoss
 from discloss.losses.pedcc import PEDCCLoss
 from discloss.losses.pod import PODLoss
 from discloss.losses.sigma2r import Sigma2RLoss
+from discloss.metric import AnyPML
 
 losses = {
     'center': CenterLoss(lam=0.5),
@@ -26,6 +27,10 @@ losses = {
     'pod': PODLoss(corr_reduction='sum', lam=5.),
     'pod, scores': PODLoss(norm_source='score'),
     'lgm': LGMLoss(covariance='isotropic'),
+    'supcon': AnyPML('SupConLoss'),
+    'supcon, weights': AnyPML('SupConLoss', weight=[1.,2.,3.,4.]),
+    'proxyanchor': AnyPML('ProxyAnchorLoss', ce=0.),
+    'triplet': AnyPML('TripletMarginLoss', 'BatchHardMiner'),
 }
 n_in, n_out = 6, 4
 
