@@ -5,7 +5,7 @@ __all__ = ['few', 'tiers', 'Entry', 'entries', 'tensor_loaders', 'digits_fold', 
            'pretrained_trunk', 'frozen_features', 'frozen_loaders', 'character_loaders', 'noisy', 'kept',
            'shifted_fold', 'Tier', 'plan', 'right_of', 'run_piece', 'run_study', 'main']
 
-# %% ../nbs/24_study.ipynb #21013432
+# %% ../nbs/24_study.ipynb #c0488703
 import argparse, time
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from fastai.data.transforms import CategoryMap, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorBase, TensorCategory, default_device
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
+from . import __version__
 from .bodies import Body, resnet9, small_body
 from .data import ImageTensorLoaders, ImageTensors, TensorDL, channel_stats, data_root, image_dls, load_arrays
 from .evaluate import retrieval, verification
@@ -253,7 +254,12 @@ def _unseen(learn_or_model, images, labels, dls):
     pairs = verification(feats, targ)
     return dict(retrieval(feats, targ), eer=pairs.eer, auroc=pairs.auroc)
 
-# %% ../nbs/24_study.ipynb #4f3a61f6
+# %% ../nbs/24_study.ipynb #9a556a45
+def _key(tier, label, fold, seed):
+    "The name of a run: all that decides it, the version of discloss among it"
+    t = tiers[tier]
+    return run_key(dict(tier=tier, label=label, fold=fold, seed=seed, epochs=t.epochs, trials=t.trials, discloss=__version__))
+
 def run_piece(
     tier:str, # Name of the tier
     label:str, # Name of the entry
@@ -264,7 +270,7 @@ def run_piece(
     "Tune one entry on one fold, and train it with each seed; runs that are there are not done again"
     t, out = tiers[tier], Path(out)
     results = out/f'{tier}.jsonl'
-    keys = [run_key(dict(tier=tier, label=label, fold=fold, seed=s, epochs=t.epochs, trials=t.trials)) for s in range(t.seeds)]
+    keys = [_key(tier, label, fold, seed) for seed in range(t.seeds)]
     if all(k in read_results(results) for k in keys): return
     (out/'claims').mkdir(parents=True, exist_ok=True)
     with claim(out/'claims'/f'{tier}-{label}-{fold}.lock') as ours:
