@@ -11,38 +11,57 @@ from fastcore.script import anno_parser
 
 from .specs import check_arch, check_budget, did_you_mean, names_in, read_rates, read_seeds, read_specs
 
-# %% ../nbs/15_command.ipynb #99f671be
+# %% ../nbs/15_command.ipynb #8bc40afb
 def discloss_compare(
-    losses:str='crossentropy,center,sigma2r', # 'all', or losses separated by commas, with hyper-parameters like center(lam=0.01); center(lam=[0.001,0.01]) is two
-    data:str='digits', # digits, mnist, fashion_mnist, cifar10, cifar100, <name> of a file ROOT/<name>.npz, or a folder of images
-    root:str=None, # Where image sets are looked for; default: DISCLOSS_DATA, else fastai's data folder
-    arch:str=None, # small_body, lenetpp, resnet9, resnet18_cifar, or any network of torchvision or timm; default: what suits the data
-    pretrained:bool=False, # Fine-tune the trained weights of torchvision or timm (a folder without --arch does so anyway)
+    # 'all', or losses separated by commas, with hyper-parameters like center(lam=0.01);
+    # center(lam=[0.001,0.01]) is two
+    losses:str='crossentropy,center,sigma2r',
+    # digits, mnist, fashion_mnist, cifar10, cifar100, <name> of a file ROOT/<name>.npz, or
+    # a folder of images
+    data:str='digits',
+    # Where image sets are looked for; default: DISCLOSS_DATA, else fastai's data folder
+    root:str=None,
+    # small_body, lenetpp, resnet9, resnet18_cifar, or any network of torchvision or timm;
+    # default: what suits the data
+    arch:str=None,
+    # Fine-tune the trained weights of torchvision or timm (a folder without --arch does so
+    # anyway)
+    pretrained:bool=False,
     weights:str=None, # A file of weights to fine-tune
-    size:int=None, # Scale images to size x size; default: as they are, and 224 for a folder and a network of torchvision or timm
-    n_feats:int=None, # Number of features, 2 for pictures like those of the papers; default: as the network has it
+    # Scale images to size x size; default: as they are, and 224 for a folder and a network
+    # of torchvision or timm
+    size:int=None,
+    # Number of features, 2 for pictures like those of the papers; default: as the network
+    # has it
+    n_feats:int=None,
     epochs:int=10, # Epochs of one cycle
     seeds:str='5', # Number of seeds, or a list like 0,1,2
     bs:int=64, # Batch size
-    lr:str=None, # Largest learning rate, for Adam; find: fastai's search for each loss; a list like 1e-2,1e-3; default: what suits the network
+    # Largest learning rate, for Adam; find: fastai's search for each loss; a list like
+    # 1e-2,1e-3; default: what suits the network
+    lr:str=None,
     wd:float=None, # Weight decay; default: fastai's 0.01
     valid_pct:float=None, # Share of the training images to validate on
     n_train:int=None, # Train on so many images only; default: on all
     n_eval:int=None, # Validate and test on so many images only; default: on all
     device:str=None, # For example cpu or cuda:0; default: the GPU if there is one
     threads:int=None, # CPU threads; default: what suits the size of the network
-    out:str='discloss_out', # Folder for results.jsonl, report.html, table.md and comparison.png; finished runs in it are not done again
+    # Folder for results.jsonl, report.html, table.md and comparison.png; finished runs in
+    # it are not done again
+    out:str='discloss_out',
     report:str=None, # Make the report of this folder anew from its results, and train nothing
 ):
-    "Train several losses under the same conditions and compare them in a table, a picture and a report"
+    "Train several losses under the same conditions: a table, a picture and a report"
     asked = dict(locals())
     if report is not None: return _report(Path(report))
     _check(losses, data, root, arch, seeds, lr, epochs, bs, wd, n_feats)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # Of other packages
         from discloss.compare import compare, place
-        more = {k: asked[k] for k in ('valid_pct','n_train','n_eval','size') if asked[k] is not None}
-        cmp = compare(losses, data, arch, n_feats, epochs, seeds, bs, lr, wd, out, device, pretrained=pretrained or None,
+        more = {k: asked[k] for k in ('valid_pct','n_train','n_eval','size')
+                if asked[k] is not None}
+        cmp = compare(losses, data, arch, n_feats, epochs, seeds, bs, lr, wd, out, device,
+                      pretrained=pretrained or None,
                       weights=weights, n_threads=threads, command=command_line(asked), root=root, **more)
         folder = place(cmp, out)
         print('\n'.join(['', cmp.table().to_string(), '', cmp.summary()]))
@@ -62,7 +81,8 @@ def _check(losses, data, root, arch, seeds, lr, epochs, bs, wd, n_feats):
     where = Path(root or os.environ.get('DISCLOSS_DATA') or Path.home()/'.fastai'/'data')
     guess = did_you_mean(data, sets)
     if guess and not (where/f'{data}.npz').exists():
-        raise ValueError(f"unknown image set {data!r}, {guess.strip()} Known are {', '.join(sets)}, a folder of images, and any file <name>.npz in {where}")
+        raise ValueError(f"unknown image set {data!r}, {guess.strip()} Known are "
+                         f"{', '.join(sets)}, a folder of images, and any file <name>.npz in {where}")
 
 def command_line(
     asked:dict, # Arguments of discloss_compare by name
@@ -93,7 +113,8 @@ def _report(folder):
     from discloss.comparison import load_comparison
     places = [folder, *sorted(folder.glob('comparison-*'))]
     places = [p for p in places if (p/'comparison.json').is_file()]
-    if not places: raise ValueError(f"{folder} holds no comparison: there is no {folder/'comparison.json'}")
+    if not places:
+        raise ValueError(f"{folder} holds no comparison: there is no {folder/'comparison.json'}")
     files = [f for p in places for f in write_files(load_comparison(p), p)]
     print(f"written: {', '.join(map(str, files))}")
 
@@ -111,8 +132,11 @@ def main(
         guess = did_you_mean(unknown[1], options) if unknown else ''
         sys.exit(f"discloss_compare: {message}{guess and '; '+guess}")
     parser.error = error
-    asked = vars(parser.parse_args([_underscores(a) for a in (sys.argv[1:] if args is None else args)]))
+    if args is None: args = sys.argv[1:]
+    asked = vars(parser.parse_args([_underscores(a) for a in args]))
     asked = {k: v for k,v in asked.items() if k not in ('pdb','xtra')}
     try: discloss_compare(**asked)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'discloss_compare: {e}')
-    except KeyboardInterrupt: sys.exit(f"\ndiscloss_compare: stopped; finished runs are kept in {asked['out']}, the same command goes on from there")
+    except KeyboardInterrupt:
+        sys.exit(f"\ndiscloss_compare: stopped; finished runs are kept in {asked['out']}, the "
+                 f"same command goes on from there")

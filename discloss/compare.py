@@ -21,7 +21,8 @@ from . import __version__
 from .bodies import bodies
 from .comparison import Comparison, load_outputs, save_comparison, save_outputs
 from .data import fingerprint, image_dls
-from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr, device_name, find_arch, frozen_epochs,
+from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
+                           device_name, find_arch, frozen_epochs,
                    loss_learner, multiply_adds, normalize_for, run_loss, test_loader, threads, versions)
 from .specs import check_budget, parse_losses, read_rates, read_seeds
 from .store import append_result, claim, describe, plain, read_results, run_key
@@ -42,14 +43,18 @@ def choose_arch(
     weights=None, # See compare
 ) -> tuple: # The network, and whether it is pretrained
     "What suits the data, where nothing is said"
-    if arch is None and _is_folder(data): arch, pretrained = 'resnet18', pretrained in (None, True) and weights is None
+    if arch is None and _is_folder(data):
+        arch = 'resnet18'
+        if pretrained is None: pretrained = weights is None
     if arch is None: arch = default_arch.get(_data_name(data), 'small_body')
     return arch, bool(pretrained)
 
 def _load(data, arch, tuned, bs, device, data_kwargs):
     "The data as fastai `DataLoaders`"
     if isinstance(data, DataLoaders):
-        if data_kwargs: raise ValueError(f"{', '.join(data_kwargs)} cannot be given with DataLoaders: say it where they are made")
+        if data_kwargs:
+            raise ValueError(f"{', '.join(data_kwargs)} cannot be given with DataLoaders: say "
+                             f"it where they are made")
         return data
     if find_arch(arch)[0] != 'body':
         if _is_folder(data): data_kwargs.setdefault('size', 224)
@@ -58,23 +63,28 @@ def _load(data, arch, tuned, bs, device, data_kwargs):
     return image_dls(data, bs=bs or 64, device=device, **data_kwargs)
 
 def _pixels(batch):
-    "The images of a batch as uint8 (n, h, w, 3), as dark as the darkest value and as light as the lightest"
+    "The images of a batch as uint8 (n, h, w, 3), each from its least to its largest value"
     x = batch.detach().float().cpu().as_subclass(torch.Tensor)
     lo, hi = x.amin((1,2,3), keepdim=True), x.amax((1,2,3), keepdim=True)
     x = ((x-lo)/(hi-lo).clamp_min(1e-6)*255).byte()
     return x.expand(-1,3,-1,-1).permute(0,2,3,1) if x.shape[1] == 1 else x[:,:3].permute(0,2,3,1)
 
-# %% ../nbs/07_compare.ipynb #751ce392
-def _setup(dls, arch, n_feats, pretrained, weights, epochs, wd, bs):
+# %% ../nbs/07_compare.ipynb #55ff94f3
+def _setup(dls, how, epochs, wd):
     "What all runs of a comparison share"
-    made_of = bodies.get(arch, arch) if isinstance(arch, str) else arch
-    n = [len(dl.dataset) for dl in (dls.train, dls.valid, test_loader(dls)[0])]
-    described = dict(arch_code=_described(made_of), package=describe([importlib.import_module(f'discloss.{k}') for k in _shared]))
-    return dict(data=_data_name(dls), fingerprint=fingerprint(dls), n=n, test_set=test_loader(dls)[1],
-                arch=arch_name(arch), n_feats=n_feats, pretrained=pretrained, weights=_file_hash(weights), epochs=epochs,
-                bs=dls.train.bs, wd=wd, discloss=__version__, **{k: run_key(v) for k,v in described.items()})
+    arch = how['arch']
+    code = bodies.get(arch, arch) if isinstance(arch, str) else arch
+    package = [importlib.import_module(f'discloss.{k}') for k in _shared]
+    loaders = dls.train, dls.valid, test_loader(dls)[0]
+    data = dict(data=_data_name(dls), fingerprint=fingerprint(dls), test_set=test_loader(dls)[1],
+                n=[len(dl.dataset) for dl in loaders], bs=dls.train.bs)
+    network = {**how, 'arch': arch_name(arch), 'weights': _file_hash(how['weights']),
+               'arch_code': run_key(_described(code))}
+    version = dict(discloss=__version__, package=run_key(package))
+    return dict(**data, **network, **version, epochs=epochs, wd=wd)
 
-_shared = 'core', 'heads', 'bodies', 'data', 'geometry', 'learner', 'runs' # Modules that every result comes through
+# Modules that every result comes through
+_shared = 'core', 'heads', 'bodies', 'data', 'geometry', 'learner', 'runs'
 
 def _described(o):
     "A description, or something that never comes again for what cannot be described"
@@ -82,7 +92,7 @@ def _described(o):
     except TypeError: return f'unknown {os.urandom(8).hex()}'
 
 def _parts(loss):
-    "A loss without what it notes while it trains: its class, its attributes, and tensors it should not have"
+    "A loss without what it notes while it trains: its class, attributes and tensors"
     public = {k: v for k,v in vars(loss).items() if not k.startswith('_') and k != 'training'}
     return type(loss), public, loss.state_dict()
 
@@ -96,13 +106,20 @@ def _file_hash(file):
 
 Run = namedtuple('Run', 'label loss config key cbs')
 
+def _loss_config(loss):
+    hparams = {k: _written(v) for k,v in loss.hparams.items()}
+    name = f'{type(loss).__module__}.{type(loss).__qualname__}'
+    return dict(loss=name, hparams=hparams, loss_code=run_key(_described(_parts(loss))))
+
+def _cbs_config(cbs):
+    return dict(cbs=[type(c).__name__ for c in cbs], cbs_code=run_key(_described(cbs)))
+
 def _plan(losses, rates, seeds, setup, cbs):
     "All runs, seed by seed"
     runs = []
     for seed,(label,loss),lr in itertools.product(seeds, losses.items(), rates):
         extra = list(L(cbs(loss))) if cbs else []
-        config = {**setup, 'lr': lr, 'seed': seed, 'loss': f'{type(loss).__module__}.{type(loss).__qualname__}',
-                  'hparams': {k: _written(v) for k,v in loss.hparams.items()}, 'loss_code': run_key(_described(_parts(loss))), 'cbs': [type(c).__name__ for c in extra], 'cbs_code': run_key(_described(extra))}
+        config = {**setup, 'lr': lr, 'seed': seed, **_loss_config(loss), **_cbs_config(extra)}
         if len(rates) > 1: label = f'{label}, lr={lr}'
         runs.append(Run(label, loss, plain(config), run_key(plain(config)), extra))
     return runs
@@ -114,7 +131,8 @@ def batch_seconds(
     n:int=4, # Batches to time; the first one, which warms up, is left out where there are others
 ) -> tuple: # Seconds of a training batch, and of a validation batch
     "Time the first batches; the learner is of no use afterwards"
-    return _time(learn, learn.dls.train, _step, most, n), _time(learn, learn.dls.valid, _look, most, n)
+    train = _time(learn, learn.dls.train, _step, most, n)
+    return train, _time(learn, learn.dls.valid, _look, most, n)
 
 def _step(learn, xs, y):
     learn.model.train()
@@ -142,7 +160,8 @@ def estimate(
     dls, # fastai DataLoaders
     epochs:int, # For each run
     seconds:tuple, # From batch_seconds
-) -> float: # Seconds of one run: training, validation, and the test with its look at the training images
+# Seconds of one run: training, validation, and the test with its look at the training images
+) -> float:
     "What one run costs"
     train, look = seconds
     test = len(test_loader(dls)[0]) + len(dls.train)
@@ -159,11 +178,13 @@ def duration(
 def _announce(dls, arch, epochs, n_runs, one):
     "Say what the comparison costs, and what would be shorter"
     where = device_name(_device(dls))
-    print(f"{n_runs} runs of {epochs} epochs on {len(dls.train.dataset):,} images with {arch_name(arch)}: "
+    print(f"{n_runs} runs of {epochs} epochs on {len(dls.train.dataset):,} images with "
+          f"{arch_name(arch)}: "
           f"about {duration(n_runs*one)} on {where}, from the first batches", flush=True)
     if n_runs*one > 600:
         half = max(1, len(dls.train.dataset)//10)
-        print(f"shorter: n_train={half} (a tenth of the training images), n_eval=1000 (fewer validation and test images), "
+        print(f"shorter: n_train={half} (a tenth of the training images), n_eval=1000 (fewer "
+              f"validation and test images), "
               "a smaller arch or size, fewer epochs or seeds", flush=True)
 
 # %% ../nbs/07_compare.ipynb #406b3343
@@ -176,6 +197,8 @@ class _Progress:
         self.bar = progress_bar(range(n_runs*per_run)) if moving else None
         if self.bar: self.bar.update(0)
 
+    def name(self):
+        return f'{self.finished+1}/{self.n_runs} {self.run.label}, seed {self.run.config["seed"]}'
     def begin(self, run, epochs): self.run, self.epoch, self.epochs = run, 0, epochs
     def __call__(self, done, row):
         self.epoch += row is not None
@@ -185,15 +208,16 @@ class _Progress:
     def move(self, at):
         if time.perf_counter()-self.last < .1: return
         self.last = time.perf_counter()
-        self.bar.comment = f'{self.finished+1}/{self.n_runs} {self.run.label}, seed {self.run.config["seed"]}, epoch {min(self.epoch+1, self.epochs)}/{self.epochs}'
+        epoch = min(self.epoch+1, self.epochs)
+        self.bar.comment = f'{self.name()}, epoch {epoch}/{self.epochs}'
         self.bar.update(at)
     def left(self, at):
         taken = time.perf_counter()-self.start
         return taken/max(at, 1)*(self.n_runs*self.per_run-at)
     def line(self, at, row):
         acc = row.get('accuracy', math.nan)
-        print(f'{self.finished+1}/{self.n_runs} {self.run.label}, seed {self.run.config["seed"]}: epoch {self.epoch}/{self.epochs}, '
-              f'valid accuracy {acc:.4f}, {duration(self.left(at))} left', flush=True)
+        print(f'{self.name()}: epoch {self.epoch}/{self.epochs}, valid accuracy {acc:.4f}, '
+              f'{duration(self.left(at))} left', flush=True)
     def finish(self):
         self.finished += 1
         if self.bar: self.bar.update(self.finished*self.per_run)
@@ -202,7 +226,8 @@ class _Progress:
 def _incomplete(row):
     "What is missing in a result, or None"
     def number(v): return isinstance(v, (int,float)) and not isinstance(v, bool)
-    parts = dict(label=str, config=dict, versions=dict, device=str, test=dict, valid=dict, epochs=list)
+    parts = dict(label=str, config=dict, versions=dict, device=str, test=dict, valid=dict,
+                 epochs=list)
     for k,kind in parts.items():
         if not isinstance(row.get(k), kind): return f'{k} is missing'
     if row['key'] != run_key(row['config']): return 'its key is not that of its config'
@@ -211,8 +236,10 @@ def _incomplete(row):
     if not number(row['test'].get('accuracy')): return 'test has no accuracy'
     if not number(row['valid'].get('accuracy')): return 'valid has no accuracy'
     tuned = bool(row['config'].get('pretrained') or row['config'].get('weights'))
-    if len(row['epochs']) != row['config'].get('epochs', 0)+frozen_epochs(tuned): return 'epochs are missing'
-    return None if all(isinstance(e, dict) and number(e.get('accuracy')) for e in row['epochs']) else 'an epoch has no accuracy'
+    if len(row['epochs']) != row['config'].get('epochs', 0)+frozen_epochs(tuned):
+        return 'epochs are missing'
+    return None if all(isinstance(e, dict) and number(e.get('accuracy')) for e
+                       in row['epochs']) else 'an epoch has no accuracy'
 
 # %% ../nbs/07_compare.ipynb #603ede2b
 class _Store:
@@ -222,8 +249,11 @@ class _Store:
         if out is None: return
         (out/'runs').mkdir(parents=True, exist_ok=True)
         for f in 'results.jsonl', 'comparison.json', 'table.md', 'comparison.png':
-            if (out/f).is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder is where a file must be written', str(out/f))
-        open(out/'results.jsonl', 'ab').close() # What cannot be written is found now, not after the first run
+            if (out/f).is_dir():
+                raise IsADirectoryError(errno.EISDIR, 'a folder is where a file must be written',
+                                        str(out/f))
+        # What cannot be written is found now, not after the first run
+        open(out/'results.jsonl', 'ab').close()
         self.read()
     def read(self):
         "Take in what this and other processes have finished"
@@ -257,7 +287,8 @@ def _work(runs, store, do):
         if store.out is None: return
         store.read()
         todo = [r for r in todo if r.key not in store.rows]
-        if todo and not waiting: print(f'waiting for {len(todo)} runs of another process', flush=True)
+        if todo and not waiting:
+            print(f'waiting for {len(todo)} runs of another process', flush=True)
         waiting = True
         if todo: time.sleep(.5)
 
@@ -269,7 +300,8 @@ def _worst(outputs, dl, most=48):
     prob = np.mean([o['prob'].astype(float) for o in outputs], 0)
     index = [i for i in np.lexsort((prob, -wrong)) if wrong[i] > 0][:most]
     if not index: return None
-    return dict(index=np.array(index), images=_images(dl, index), ids=np.array([_id(dl.dataset, i) for i in index]))
+    ids = np.array([_id(dl.dataset, i) for i in index])
+    return dict(index=np.array(index), images=_images(dl, index), ids=ids)
 
 def _images(dl, index):
     "Test images as the network saw them, in colours that can be shown"
@@ -287,28 +319,39 @@ def _id(dataset, i):
     item = items[i] if items is not None and len(items) > i else None
     return str(item) if isinstance(item, (str,Path)) else f'#{i}'
 
-# %% ../nbs/07_compare.ipynb #016c7842
+# %% ../nbs/07_compare.ipynb #b835fffd
 def compare(
-    losses='crossentropy,center,sigma2r', # 'all', comma-separated specs like center(lam=0.01), a list of specs or losses, or a dict of label -> loss
+    # 'all', comma-separated specs like center(lam=0.01), a list of specs or losses, or a
+    # dict of label -> loss
+    losses='crossentropy,center,sigma2r',
     data='digits', # A name or folder as for image_dls, or any fastai DataLoaders
-    arch=None, # See find_arch; None: small_body for digits, lenetpp for (Fashion-)MNIST, resnet9 for CIFAR, a pretrained resnet18 for a folder
+    # See find_arch; None: small_body for digits, lenetpp for (Fashion-)MNIST, resnet9 for
+    # CIFAR, a pretrained resnet18 for a folder
+    arch=None,
     n_feats:int|None=None, # Number of features; None: as arch has it
     epochs:int=10, # Epochs of one cycle
     seeds=5, # A number of seeds, or a list of them
     bs:int|None=None, # Batch size; None: 64, or that of the DataLoaders
     lr=None, # Largest learning rate, for Adam; 'find'; a list of rates; None: default_lr
     wd:float|None=None, # Weight decay; None: fastai's 0.01
-    out:str|Path|None=None, # Folder for results.jsonl, which is what makes a comparison resumable; None: nothing is written
+    # Folder for results.jsonl, which is what makes a comparison resumable; None: nothing is
+    # written
+    out:str|Path|None=None,
     device=None, # None: fastai's default device
     show:bool=True, # Show progress?
-    cbs=None, # A function that makes callbacks for a loss, for example lambda loss: PODSchedule() if loss.name == 'pod' else None; called for each run
-    pretrained:bool|None=None, # Fine-tune the trained weights of torchvision or timm? None: for the default network of a folder
+    # A function that makes callbacks for a loss, for example lambda loss: PODSchedule() if
+    # loss.name == 'pod' else None; called for each run
+    cbs=None,
+    # Fine-tune the trained weights of torchvision or timm? None: for the default network of
+    # a folder
+    pretrained:bool|None=None,
     weights=None, # A file of weights to fine-tune
-    n_threads:int|None=None, # CPU threads; None: what suits the size of the network, see choose_threads
+    # CPU threads; None: what suits the size of the network, see choose_threads
+    n_threads:int|None=None,
     command:str='', # What makes the comparison again, for the report
     **data_kwargs, # Passed on to image_dls: root, n_train, n_eval, valid_pct, size, ...
 ) -> Comparison:
-    "Train each loss with each seed under the same conditions, and return all results; finished runs in `out` are not done again"
+    "Train each loss with each seed under the same conditions; finished runs are not done again"
     losses, seeds, rates = parse_losses(losses), read_seeds(seeds), read_rates(lr)
     check_budget(epochs=epochs, wd=wd, n_feats=n_feats, bs=bs)
     _check_kinds(data, cbs)
@@ -320,16 +363,20 @@ def compare(
     if tuned: normalize_for(dls, arch)
     how = dict(arch=arch, n_feats=n_feats, pretrained=pretrained, weights=weights)
     work = _try_out(losses, dls, how)
-    runs = _plan(losses, rates, seeds, _setup(dls, arch, n_feats, pretrained, weights, epochs, wd, bs), cbs)
+    setup = _setup(dls, how, epochs, wd)
+    runs = _plan(losses, rates, seeds, setup, cbs)
     with threads(n_threads or _threads_for(work, dls)):
         _run_all(runs, store, dls, how, epochs, wd, show)
     return _collect(runs, store, dls, command)
 
 # %% ../nbs/07_compare.ipynb #8aecf8d0
 def _check_kinds(data, cbs):
-    if not isinstance(data, (str,Path,DataLoaders)): raise TypeError(f"data must be a name, a folder, or fastai DataLoaders, got {type(data).__name__}")
+    if not isinstance(data, (str,Path,DataLoaders)):
+        raise TypeError(f"data must be a name, a folder, or fastai DataLoaders, got "
+                        f"{type(data).__name__}")
     if cbs is not None and (isinstance(cbs, Callback) or not callable(cbs)):
-        raise TypeError(f"cbs must be a function that makes callbacks for a loss, since each run needs its own, got {cbs!r}")
+        raise TypeError(f"cbs must be a function that makes callbacks for a loss, since each "
+                        f"run needs its own, got {cbs!r}")
 
 def _try_out(losses, dls, how):
     "Find now what a loss or its head refuses; gives the multiply-adds of a batch"
@@ -367,13 +414,17 @@ def _run_all(runs, store, dls, how, epochs, wd, show):
 def _do(run, dls, how, epochs, wd, progress):
     "One run: its row, and what the network said"
     lr, seed = run.config['lr'], run.config['seed']
-    try: row, outputs = run_loss(run.loss, dls, epochs=epochs, lr=lr, wd=wd, seed=seed, progress=progress, cbs=run.cbs, label=run.label, **how)
+    try: row, outputs = run_loss(run.loss, dls, epochs=epochs, lr=lr, wd=wd, seed=seed,
+                                 progress=progress, cbs=run.cbs, label=run.label, **how)
     except ValueError as e: raise ValueError(f"{run.label}, seed {seed}: {e}") from e
-    made = dict(versions=versions(), device=device_name(_device(dls)), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    made = dict(versions=versions(), device=device_name(_device(dls)),
+                finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     return dict(key=run.key, label=run.label, config=run.config, **made, **row), outputs
 
 def _say_found(runs, todo, store):
-    if len(todo) < len(runs): print(f"{len(runs)-len(todo)} of {len(runs)} runs are in {store.out/'results.jsonl'} already")
+    if len(todo) < len(runs):
+        print(f"{len(runs)-len(todo)} of {len(runs)} runs are in {store.out/'results.jsonl'} "
+              f"already")
     for line in store.bad[:5]: print(f'passed over: {line}')
     if len(store.bad) > 5: print(f'passed over: {len(store.bad)-5} more lines')
 
@@ -383,7 +434,8 @@ def _collect(runs, store, dls, command):
     outputs = {k: v for k,v in outputs.items() if v is not None}
     rows = [{**store.rows[r.key], 'label': r.label} for r in runs]
     vocab = [str(v) for v in getattr(dls, 'vocab', None) or range(dls.c)]
-    return Comparison(rows, outputs, vocab, _worst(list(outputs.values()), test_loader(dls)[0]), command)
+    return Comparison(rows, outputs, vocab, _worst(list(outputs.values()), test_loader(dls)[0]),
+                      command)
 
 # %% ../nbs/07_compare.ipynb #ce7768a4
 def place(

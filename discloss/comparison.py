@@ -23,7 +23,7 @@ def better(
     more:bool=True, # Is more better?
     p:float=0.05, # Largest p-value
 ) -> bool:
-    "Is `a` better than `b` by more than the noise between seeds: a paired t-test over seeds, of three at least?"
+    "Is a better than b by more than the noise: a paired t-test over three seeds at least?"
     a, b = np.asarray(a, float), np.asarray(b, float)
     diff = a-b if more else b-a
     if len(diff) < 3 or not np.isfinite(diff).all() or diff.mean() <= 0: return False
@@ -46,7 +46,8 @@ def _mean_std(v, fmt):
 
 def _markdown(df):
     names = [str(k).replace('|', '\\|').replace('\n', ' ') for k in df.index]
-    rows = [[df.index.name, *df.columns], ['---']*(len(df.columns)+1), *([k, *v] for k,v in zip(names, df.values))]
+    rows = [[df.index.name, *df.columns], ['---']*(len(df.columns)+1)]
+    rows += [[k, *v] for k,v in zip(names, df.values)]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
 def _join(items): return ', '.join(map(str, items))
@@ -87,12 +88,15 @@ class Comparison:
     @property
     def outputs(self) -> dict: # Label -> one dict for each seed: targ, pred, conf, prob and feats
         "What the networks said about each test image"
-        return {k: [self._outputs[r['key']] for r in self.of(k) if r['key'] in self._outputs] for k in self.labels}
+        return {k: [self._outputs[r['key']] for r in self.of(k) if r['key'] in self._outputs]
+                for k in self.labels}
     @property
     def feats(self) -> dict: # Label -> (feats, targ) of test images
         "Features of the first seed, for pictures"
         first = {k: self._outputs.get(self.of(k)[0]['key']) for k in self.labels}
-        def pair(o): return torch.from_numpy(o['feats']).float(), torch.from_numpy(o['targ'][:len(o['feats'])]).long()
+        def pair(o):
+            feats, targ = o['feats'], o['targ'][:len(o['feats'])]
+            return torch.from_numpy(feats).float(), torch.from_numpy(targ).long()
         return {k: pair(o) for k,o in first.items() if o is not None}
     @property
     def troubles(self) -> dict: # Label -> sentence
@@ -102,7 +106,7 @@ class Comparison:
     def starred(self,
         path:tuple=('test','accuracy'), # A key of measures
     ) -> list: # One label, or none
-        "The loss that is better than every other one by more than the noise, if all its runs learned"
+        "The loss that beats every other one by more than the noise; all its runs learned"
         more = measures[path][2]
         if more is None or len(self.labels) < 2: return []
         scores = {k: self.values(k, *path) for k in self.labels}
@@ -119,26 +123,31 @@ class Comparison:
         return pd.DataFrame([row(r) for r in self.results])
 
     def table(self) -> pd.DataFrame: # A row for each loss; text
-        "Mean ± standard deviation over seeds; `*` marks what is better than every other loss by more than the noise"
+        "Mean ± standard deviation over seeds; * beats every other loss by more than the noise"
         cols = {}
         for path,(name,fmt,_) in measures.items():
             best = self.starred(path)
-            cols[name] = [_mean_std(self.values(k, *path), fmt) + ' *'*(k in best) for k in self.labels]
+            cols[name] = [_mean_std(self.values(k, *path), fmt) + ' *'*(k in best) for k
+                          in self.labels]
         index = [k + ' (did not learn)'*(k in self.troubles) for k in self.labels]
         return pd.DataFrame(cols, index=pd.Index(index, name='loss'))
 
-    def _repr_markdown_(self): return _markdown(self.table()) + '\n\n' + self.summary().replace('\n', '  \n')
+    def _repr_markdown_(self):
+        return _markdown(self.table()) + '\n\n' + self.summary().replace('\n', '  \n')
     def __repr__(self): return f'{self.table().to_string()}\n\n{self.summary()}'
 
 # %% ../nbs/13_comparison.ipynb #e97833b2
 def _data_line(config):
     n = config['n']
     sets = f"{n[0]:,} training, {n[1]:,} validation"
-    if config.get('test_set') == 'validation': return f"{config['data']}: {sets} images; no test set: \"test\" numbers are those of the validation images"
+    if config.get('test_set') == 'validation':
+        told = 'no test set: "test" numbers are those of the validation images'
+        return f"{config['data']}: {sets} images; {told}"
     return f"{config['data']}: {sets}, {n[2]:,} test images"
 
 def _network_line(config):
-    start = 'trained weights' if config.get('pretrained') or config.get('weights') else 'from scratch'
+    tuned = config.get('pretrained') or config.get('weights')
+    start = 'trained weights' if tuned else 'from scratch'
     feats = '' if config['n_feats'] is None else f", {config['n_feats']} features"
     return f"{config['arch']}{feats}, {start}"
 
@@ -146,7 +155,8 @@ def _rate(lr): return f'{lr:g}' if isinstance(lr, (int,float)) else str(lr)
 
 def _budget_line(rows):
     c = rows[0]['config']
-    rates, seeds = dict.fromkeys(_rate(r['config']['lr']) for r in rows), sorted({r['config']['seed'] for r in rows})
+    rates, seeds = dict.fromkeys(_rate(r['config']['lr']) for r
+                                 in rows), sorted({r['config']['seed'] for r in rows})
     return f"{c['epochs']} epochs, batch {c['bs']}, lr {_join(rates)}; seeds {_join(seeds)}"
 
 def _versions_line(rows):
@@ -155,33 +165,37 @@ def _versions_line(rows):
         for k,v in r['versions'].items(): found.setdefault(k, []).append(v)
     return _join(f"{k} {' and '.join(sorted(set(v)))}" for k,v in found.items())
 
-_legend = "mean ± standard deviation over seeds; * better than every other loss in the column by more than the noise (paired t-test over seeds, p < 0.05)"
+_legend = ("mean ± standard deviation over seeds; * better than every other loss in the column "
+           "by more than the noise (paired t-test over seeds, p < 0.05)")
 
 # %% ../nbs/13_comparison.ipynb #81713c71
 from fastcore.basics import patch
 
 @patch
 def summary(self:Comparison) -> str:
-    "What the numbers stand for: data, network, budget, seeds, devices, versions, and runs that did not learn"
+    "What the numbers stand for: data, network, budget, seeds, devices, versions, failures"
     rows = self.results
     seconds = _join(f"{k} {np.median(self.values(k, 'seconds')):.1f}" for k in self.labels)
-    lines = [f"{_data_line(rows[0]['config'])}; {_network_line(rows[0]['config'])}; {_budget_line(rows)}",
+    lines = [f"{_data_line(rows[0]['config'])}; {_network_line(rows[0]['config'])}; "
+             f"{_budget_line(rows)}",
              f"on {' and '.join(sorted({r['device'] for r in rows}))}; {_versions_line(rows)}",
              f"seconds to train once: {seconds}", _legend, *self.troubles.values()]
     return '\n'.join(lines)
 
-# %% ../nbs/13_comparison.ipynb #64454ef2
+# %% ../nbs/13_comparison.ipynb #bcca376f
 @patch
-def plot(self:Comparison) -> plt.Figure: # Features of each loss above, learning curves and scores below
-    "The picture: test features of the first seed, validation accuracy by epoch, test accuracy and variance ratio of each seed"
+# Features of each loss above, learning curves and scores below
+def plot(self:Comparison) -> plt.Figure:
+    "Test features of the first seed, validation accuracy by epoch, scores of each seed"
     shown = dict(list(self.feats.items())[:12])
     ncols = max(3, min(4, len(shown)))
     nrows = math.ceil(len(shown)/ncols)
     height = max(2.6, 0.32*len(self.labels)+1.2)
     with plot_style():
         fig = plt.figure(figsize=(3.6*ncols, 3.2*nrows+height), layout='constrained')
-        top, bottom = fig.subfigures(2, 1, height_ratios=[3.2*nrows, height]) if shown else (None, fig)
+        bottom = fig
         if shown:
+            top, bottom = fig.subfigures(2, 1, height_ratios=[3.2*nrows, height])
             axs = top.subplots(nrows, ncols, squeeze=False).ravel()
             for ax in axs[len(shown):]: ax.axis('off')
             plot_features(shown, vocab=self.vocab, ncols=ncols, axs=axs[:len(shown)])
@@ -191,11 +205,14 @@ def plot(self:Comparison) -> plt.Figure: # Features of each loss above, learning
 
 def _plot_numbers(cmp, a, b, c):
     "Curves and scores of the runs"
-    curves = {k: [[e['accuracy'] for e in r['epochs']] for r in cmp.of(k) if not r.get('trouble')] for k in cmp.labels}
+    curves = {k: [[e['accuracy'] for e in r['epochs']] for r in cmp.of(k)
+                  if not r.get('trouble')] for k in cmp.labels}
     curves = {k: np.array(v) for k,v in curves.items() if v}
     if curves: plot_curves(curves, ylabel='validation accuracy', ax=a)
-    for ax,measure,xlabel in (b,'accuracy','test accuracy'), (c,'variance_ratio','variance ratio (less is more compact)'):
-        values = {k: [v for v in cmp.values(k, 'test', measure) if math.isfinite(v)] for k in cmp.labels}
+    compact = 'variance ratio (less is more compact)'
+    for ax,measure,xlabel in (b,'accuracy','test accuracy'), (c,'variance_ratio',compact):
+        values = {k: [v for v in cmp.values(k, 'test', measure) if math.isfinite(v)] for k
+                  in cmp.labels}
         values = {k: v for k,v in values.items() if v}
         if values: plot_scores(values, xlabel=xlabel, ax=ax)
 
@@ -205,11 +222,16 @@ def load_outputs(
 ) -> dict|None: # None if it is not there, or not whole
     "What a run said about each test image"
     try:
-        with np.load(file, allow_pickle=False) as z: o = {k: z[k] for k in ('targ','pred','conf','prob','feats')}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error): return None
+        with np.load(file, allow_pickle=False) as z:
+            o = {k: z[k] for k in ('targ','pred','conf','prob','feats')}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, NotImplementedError,
+            zipfile.BadZipFile, zlib.error):
+        return None
     n = len(o['targ'])
-    whole = all(o[k].shape == (n,) for k in ('targ','pred','conf','prob')) and o['feats'].ndim == 2 and len(o['feats']) <= n
-    return o if whole and np.isfinite(o['feats']).all() and np.issubdtype(o['targ'].dtype, np.integer) else None
+    feats, labels = o['feats'], np.issubdtype(o['targ'].dtype, np.integer)
+    whole = labels and all(o[k].shape == (n,) for k in ('targ','pred','conf','prob'))
+    whole = whole and feats.ndim == 2 and len(feats) <= n and np.isfinite(feats).all()
+    return o if whole else None
 
 def save_outputs(
     file:Path, # An .npz file
@@ -226,14 +248,20 @@ def save_comparison(
     "Write which runs belong to a comparison, so that `load_comparison` finds them"
     runs = [dict(label=r['label'], key=r['key']) for r in cmp.results]
     up = '.' if Path(results) == Path(folder) else '..'
-    text = json.dumps(dict(runs=runs, vocab=[str(v) for v in cmp.vocab or []], results=up, command=cmp.command), indent=1)
-    write_whole(Path(folder)/'comparison.json', lambda part: part.write_text(text, encoding='utf-8'))
-    if cmp.worst: write_whole(Path(folder)/'worst.npz', lambda part: np.savez_compressed(part, **cmp.worst))
+    text = json.dumps(dict(runs=runs, vocab=[str(v) for v in cmp.vocab or []], results=up,
+                           command=cmp.command), indent=1)
+    folder = Path(folder)
+    write_whole(folder/'comparison.json', lambda part: part.write_text(text, encoding='utf-8'))
+    if not cmp.worst: return
+    write_whole(folder/'worst.npz', lambda part: np.savez_compressed(part, **cmp.worst))
 
 def _load_worst(file):
     try:
-        with np.load(file, allow_pickle=False) as z: return {k: z[k] for k in ('index','images','ids')}
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error): return None
+        with np.load(file, allow_pickle=False) as z:
+            return {k: z[k] for k in ('index','images','ids')}
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile,
+            zlib.error):
+        return None
 
 def load_comparison(
     folder:str|Path, # A folder with comparison.json
@@ -241,14 +269,19 @@ def load_comparison(
     "Read a comparison again, without its data set; raises `ValueError` if it is not whole"
     folder = Path(folder)
     file = folder/'comparison.json'
-    if not file.is_file(): raise FileNotFoundError(f"{folder} holds no comparison: there is no {file}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no comparison: there is no {file}")
     try: o = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} is not whole: {e}") from e
     home = folder/('..' if o['results'] == '..' else '.')
     rows = read_results(home/'results.jsonl')
     lost = [r['label'] for r in o['runs'] if r['key'] not in rows]
-    if lost: raise ValueError(f"{home/'results.jsonl'} lacks {len(lost)} of the runs of {file}, the first is {lost[0]!r}: start the comparison again")
+    if lost:
+        raise ValueError(f"{home/'results.jsonl'} lacks {len(lost)} of the runs of {file}, the "
+                         f"first is {lost[0]!r}: start the comparison again")
     results = [{**rows[r['key']], 'label': r['label']} for r in o['runs']]
-    said = {r['key']: load_outputs(home/'runs'/f"{r['key']}.npz") for r in results if r['key'].isalnum()}
+    said = {r['key']: load_outputs(home/'runs'/f"{r['key']}.npz") for r in results
+            if r['key'].isalnum()}
     said = {k: v for k,v in said.items() if v is not None}
-    return Comparison(results, said, o['vocab'] or None, _load_worst(folder/'worst.npz'), o['command'])
+    return Comparison(results, said, o['vocab'] or None, _load_worst(folder/'worst.npz'),
+                      o['command'])

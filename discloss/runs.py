@@ -32,8 +32,9 @@ from .learner import disc_learner, quiet
 from .geometry import Geometry, get_features, head_weight, ncm_accuracy
 from .specs import check_arch
 
-# %% ../nbs/11_runs.ipynb #6ed7542b
-default_arch = dict(mnist='lenetpp', fashion_mnist='lenetpp', cifar10='resnet9', cifar100='resnet9') # Others: small_body
+# %% ../nbs/11_runs.ipynb #61320552
+# Others: small_body
+default_arch = dict(mnist='lenetpp', fashion_mnist='lenetpp', cifar10='resnet9', cifar100='resnet9')
 
 def arch_name(
     arch, # A name, or a function
@@ -63,7 +64,7 @@ def default_lr(
     arch, # See find_arch
     tuned:bool=False, # Does it start from trained weights?
 ) -> float: # Largest learning rate, for Adam
-    "A rate with which a network learns: 2e-3 for trained weights (fastai's for `fine_tune`), 1e-3 for others that are not ours"
+    "A rate with which a network learns: 2e-3 for trained weights, 1e-3 for networks of others"
     if tuned: return 2e-3
     base = arch.func if isinstance(arch, functools.partial) else arch
     name = base if isinstance(base, str) else getattr(base, '__name__', '')
@@ -74,15 +75,18 @@ def load_weights(
     model:nn.Module, # What takes the weights
     file:str|Path, # A state dict as torch.save writes it, or what fastai's learn.save wrote
 ) -> nn.Module: # model, changed
-    "Fill a network with the weights of a file: by name, else one after the other where all shapes are equal"
+    "Fill a network from a file: by name, else in order where all shapes are equal"
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise FileNotFoundError(f"there is no file of weights {str(file)!r}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file of weights {str(file)!r}") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{file} is not a file of weights (a state dict, written by torch.save): {why}") from e
+        raise ValueError(f"{file} is not a file of weights (a state dict, written by "
+                         f"torch.save): {why}") from e
     for inside in 'model', 'state_dict':
         if isinstance(state, dict) and isinstance(state.get(inside), dict): state = state[inside]
-    if not isinstance(state, dict): raise ValueError(f"{file} must hold a state dict, got {type(state).__name__}")
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} must hold a state dict, got {type(state).__name__}")
     state = {k: v for k,v in state.items() if isinstance(v, torch.Tensor)}
     model.load_state_dict(_fit_state(model.state_dict(), state, file))
     return model
@@ -90,10 +94,14 @@ def load_weights(
 def _fit_state(want, have, file):
     "The tensors of `have` under the names of `want`"
     def same(a, b): return a.shape == b.shape
-    if all(k in have and same(have[k], v) for k,v in want.items()): return {k: have[k] for k in want}
+    if all(k in have and same(have[k], v) for k,v in want.items()):
+        return {k: have[k] for k in want}
     pairs = list(zip(want.items(), have.items()))
-    wrong = next((f"{k} needs {tuple(v.shape)}, the file's {fk} has {tuple(fv.shape)}" for (k,v),(fk,fv) in pairs if not same(v, fv)), None)
-    if wrong or len(pairs) < len(want): raise ValueError(f"the weights in {file} do not fit the network: {wrong or f'{len(have)} tensors where {len(want)} are needed'}")
+    wrong = next((f"{k} needs {tuple(v.shape)}, the file's {fk} has {tuple(fv.shape)}"
+                  for (k,v),(fk,fv) in pairs if not same(v, fv)), None)
+    if wrong or len(pairs) < len(want):
+        raise ValueError(f"the weights in {file} do not fit the network: "
+                         f"{wrong or f'{len(have)} tensors where {len(want)} are needed'}")
     return {k: fv for (k,_),(_,fv) in pairs}
 
 # %% ../nbs/11_runs.ipynb #2eb4cccc
@@ -114,7 +122,9 @@ def channels(
 def _body_model(make, loss, dls, n_feats, weights):
     "A body, or any network, with the head of the loss"
     wanted = {} if n_feats is None else dict(n_feats=n_feats)
-    model = make(n_in=channels(dls), **wanted) if wanted else make(**_accepted(make, n_in=channels(dls)))
+    n_in = dict(n_in=channels(dls))
+    if not wanted: n_in = _accepted(make, **n_in)
+    model = make(**n_in, **wanted)
     if weights is not None: load_weights(model, weights)
     return with_head(model, loss, dls.c)
 
@@ -124,8 +134,10 @@ def _download(arch, pretrained):
     try: yield
     except Exception as e:
         if not pretrained or isinstance(e, (ValueError,TypeError)): raise
-        remedy = "connect to the internet, give a file of weights, or choose arch='small_body' to train from scratch"
-        raise OSError(f"the trained weights of {arch_name(arch)} could not be had ({str(e).splitlines()[0]}): {remedy}") from e
+        remedy = ("connect to the internet, give a file of weights, "
+                  "or choose arch='small_body' to train from scratch")
+        raise OSError(f"the trained weights of {arch_name(arch)} could not be had "
+                      f"({str(e).splitlines()[0]}): {remedy}") from e
 
 def _whole_model(make, loss, dls, pretrained, weights):
     "A classifier of torchvision, all layers kept but the last"
@@ -142,7 +154,8 @@ def _thirds(model):
 def loss_learner(
     loss:DiscLoss, # The loss
     dls, # fastai DataLoaders
-    arch='small_body', # See find_arch; a function takes n_in if it can, and n_feats if that is given
+    # See find_arch; a function takes n_in if it can, and n_feats if that is given
+    arch='small_body',
     n_feats:int|None=None, # Number of features; None: as arch has it
     seed:int=0, # Seed of the initial weights, the order of batches, and augmentation
     pretrained:bool=False, # Start from the trained weights of torchvision or timm?
@@ -156,8 +169,12 @@ def loss_learner(
     set_seed(seed, reproducible=True)
     if how == 'cut': learn = _cut_learner(make, loss, dls, n_feats, pretrained, weights, kwargs)
     else:
-        if how == 'body' and pretrained: raise ValueError(f"{arch_name(arch)} has no trained weights to download: give weights=FILE")
-        if how == 'whole' and n_feats is not None: raise ValueError(f"{arch_name(arch)} has a number of features of its own, n_feats={n_feats} cannot be had")
+        if how == 'body' and pretrained:
+            raise ValueError(f"{arch_name(arch)} has no trained weights to download: give "
+                             f"weights=FILE")
+        if how == 'whole' and n_feats is not None:
+            raise ValueError(f"{arch_name(arch)} has a number of features of its own, "
+                             f"n_feats={n_feats} cannot be had")
         if how == 'whole': model = _whole_model(make, loss, dls, pretrained, weights)
         else: model = _body_model(make, loss, dls, n_feats, weights)
         learn = Learner(dls, model, loss_func=loss, metrics=accuracy, **kwargs)
@@ -170,7 +187,8 @@ def _cut_learner(make, loss, dls, n_feats, pretrained, weights, kwargs):
     extra = {} if n_feats is None else dict(lin_ftrs=[n_feats])
     if not isinstance(make, str): kwargs.setdefault('splitter', model_meta[make]['split'])
     with _download(make, pretrained):
-        learn = disc_learner(dls, make, loss, n_in=channels(dls), pretrained=pretrained, normalize=False, **extra, **kwargs)
+        learn = disc_learner(dls, make, loss, n_in=channels(dls), pretrained=pretrained,
+                             normalize=False, **extra, **kwargs)
     if weights is not None: load_weights(learn.model[0], weights)
     return learn
 
@@ -193,9 +211,9 @@ def normalize_for(
     stats = arch_stats(arch)
     if len(stats[0]) == channels(dls): dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
 
-# %% ../nbs/11_runs.ipynb #0205deb5
+# %% ../nbs/11_runs.ipynb #325f1984
 class Watch(Callback):
-    "Follow a run: tell `progress` of each batch, keep the values of each epoch, stop when they are not finite"
+    "Follow a run: count batches, keep the values of each epoch, stop when they are not finite"
     order = 60 # After `Recorder`
     def __init__(self,
         progress=noop, # Called with the batches that are done, and after an epoch with its values
@@ -218,7 +236,8 @@ class Watch(Callback):
         if self.diverged: raise CancelFitException()
 
     def _look(self, t):
-        if t.device.type != 'cpu' or t.detach().sum().isfinite() or t.detach().isfinite().all(): return
+        if t.device.type != 'cpu' or t.detach().sum().isfinite() or t.detach().isfinite().all():
+            return
         self.diverged = True
         raise CancelFitException()
 
@@ -229,7 +248,9 @@ def _logits(pred):
 def guessing(
     targ:torch.Tensor, # Labels of the test set, shape (n,)
     n_out:int, # Number of classes
-) -> tuple: # Accuracy of the best guess without looking, and what luck can add to it (two standard deviations)
+# Accuracy of the best guess without looking, and what luck can add to it (two standard
+# deviations)
+) -> tuple:
     "The accuracy that no run may be proud of"
     p = max(torch.bincount(targ).max().item()/len(targ), 1/n_out)
     return p, 2*math.sqrt(p*(1-p)/len(targ))
@@ -246,13 +267,15 @@ def trouble(
     if diverged: return f"{label} diverged, its loss was not finite: {remedy}"
     p, luck = chance
     if acc > p+min(luck, (1-p)/2): return None
-    return f"{label} did not learn, test accuracy {acc:.3f} where guessing gives {p:.3f}: {remedy}, or more epochs"
+    told = f"{label} did not learn, test accuracy {acc:.3f} where guessing gives {p:.3f}"
+    return f"{told}: {remedy}, or more epochs"
 
 # %% ../nbs/11_runs.ipynb #a114371b
 def versions() -> dict: # Of what decides a result
     "Versions of Python and of the packages that matter"
     packages = 'torch', 'torchvision', 'fastai', 'fastcore', 'numpy'
-    return dict(discloss=__version__, python=platform.python_version(), **{k: version(k) for k in packages})
+    found = {k: version(k) for k in packages}
+    return dict(discloss=__version__, python=platform.python_version(), **found)
 
 def device_name(
     device, # A torch device
@@ -278,7 +301,7 @@ def _train_features(learn, dls):
     with plain: return get_features(learn.model, dls.train.new(shuffle=False, drop_last=False))
 
 def _train(learn, epochs, lr, watch, cbs, tuned):
-    "One cycle, or for trained weights fastai's `fine_tune`: an epoch of the head alone, then all layers, early ones slower"
+    "One cycle; for trained weights fine_tune: first the head, then all layers, early ones slower"
     fit = learn.fine_tune if tuned else learn.fit_one_cycle
     fit(epochs, lr, cbs=[watch, *L(cbs)])
 
@@ -290,7 +313,8 @@ def _test(learn, dls):
     loss = nn.functional.cross_entropy(logits, targ).item()
     ncm = ncm_accuracy(train_feats, train_targ, feats, targ)
     measures = Geometry(feats, targ, logits, head_weight(find_head(learn.model))).dict()
-    return dict(accuracy=right, loss=loss, ncm_accuracy=ncm, **measures), outputs(feats, logits, targ)
+    numbers = dict(accuracy=right, loss=loss, ncm_accuracy=ncm, **measures)
+    return numbers, outputs(feats, logits, targ)
 
 def outputs(
     feats, logits, targ, # As get_features gives them
@@ -314,7 +338,9 @@ def run_loss(
     arch='small_body', # See loss_learner
     n_feats:int|None=None, # See loss_learner
     epochs:int=10, # Epochs of one cycle
-    lr:float|str|None=None, # Largest learning rate, for Adam; 'find': fastai's lr_find looks for it; None: default_lr
+    # Largest learning rate, for Adam; 'find': fastai's lr_find looks for it; None:
+    # default_lr
+    lr:float|str|None=None,
     wd:float|None=None, # Weight decay; None: fastai's 0.01
     seed:int=0, # See loss_learner
     progress=noop, # See Watch
@@ -335,7 +361,8 @@ def run_loss(
     test, said = ({}, None) if watch.diverged else _test(learn, dls)
     chance = (0,0) if said is None else guessing(torch.from_numpy(said['targ']), dls.c)
     wrong = trouble(label or loss.name, watch.diverged, test.get('accuracy'), chance, lr)
-    row = dict(valid=(watch.rows or [{}])[-1], test=test, epochs=watch.rows, seconds=seconds, lr=lr, trouble=wrong)
+    row = dict(valid=(watch.rows or [{}])[-1], test=test, epochs=watch.rows, seconds=seconds,
+               lr=lr, trouble=wrong)
     return dict(**row, parameters=sum(p.numel() for p in learn.model.parameters())), said
 
 def _find_lr(learn, seed):
@@ -376,7 +403,7 @@ def choose_threads(
     most:int|None=None, # What PyTorch would take; None: ask it
     busy:float|None=None, # Cores that are busy; None: busy_cores()
 ) -> int:
-    "Threads that suit the work and the machine: one for small networks, else one for each idle core"
+    "Threads that suit the work: one for small networks, else one for each idle core"
     most = torch.get_num_threads() if most is None else most
     busy = busy_cores() if busy is None else busy
     return 1 if work < one_thread_below else max(1, most-round(busy))

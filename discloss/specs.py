@@ -12,15 +12,17 @@ from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 
-# %% ../nbs/10_specs.ipynb #21ee0d2d
-Entry = namedtuple('Entry', 'name cls module hparams') # 'center', 'CenterLoss', 'discloss.losses.center', ['lam', ...]
+# %% ../nbs/10_specs.ipynb #318fc665
+# 'center', 'CenterLoss', 'discloss.losses.center', ['lam', ...]
+Entry = namedtuple('Entry', 'name cls module hparams')
 
 def _source(module):
     "The source of a module, which is not imported for that"
     spec = importlib.util.find_spec(module)
     return spec.loader.get_source(module)
 
-_Class = namedtuple('_Class', 'module bases args') # args: names of the arguments of `__init__`, None if it has none of its own
+# args: names of the arguments of `__init__`, None if it has none of its own
+_Class = namedtuple('_Class', 'module bases args')
 
 def _args(c):
     inits = [f.args for f in c.body if isinstance(f, ast.FunctionDef) and f.name == '__init__']
@@ -35,12 +37,16 @@ def _classes(module):
 def loss_index() -> dict: # Name -> Entry, sorted by name
     "All losses of the package, from their sources"
     package = importlib.util.find_spec('discloss.losses')
-    modules = [m.name for m in pkgutil.iter_modules(package.submodule_search_locations, 'discloss.losses.')]
+    folders = package.submodule_search_locations
+    modules = [m.name for m in pkgutil.iter_modules(folders, 'discloss.losses.')]
     classes = {c: o for m in ['discloss.core', *modules] for c,o in _classes(m).items()}
     def bases(c): return classes[c].bases if c in classes else []
     def is_loss(c): return c == 'DiscLoss' or any(map(is_loss, bases(c)))
-    def args(c): return next(a for a in (classes[c].args, *map(args, filter(is_loss, bases(c)))) if a is not None)
-    found = [c for c in classes if is_loss(c) and c != 'DiscLoss' and 'ABC' not in bases(c) and not c.startswith('_')]
+    def args(c):
+        return next(a for a in (classes[c].args, *map(args, filter(is_loss, bases(c))))
+                    if a is not None)
+    found = [c for c in classes if is_loss(c) and c != 'DiscLoss' and 'ABC' not in bases(c)
+             and not c.startswith('_')]
     index = {loss_name(c): Entry(loss_name(c), c, classes[c].module, args(c)) for c in found}
     return dict(sorted(index.items()))
 
@@ -80,12 +86,14 @@ def find_loss(
     "The loss that is meant; raises `ValueError` with what can be said instead"
     by_bare = {_bare(k): k for k in loss_index()}
     if _bare(name) in by_bare: return by_bare[_bare(name)]
-    raise ValueError(f"unknown loss {name!r}: {did_you_mean(name, by_bare.values())}known are {', '.join(loss_index())}, "
+    raise ValueError(f"unknown loss {name!r}: {did_you_mean(name, by_bare.values())}known are "
+                     f"{', '.join(loss_index())}, "
                      "with hyper-parameters like center(lam=0.01)")
 
 # %% ../nbs/10_specs.ipynb #4ba82686
-_symbols = {'lambda': 'lam', 'lambda_': 'lam', 'λ': 'lam', 's': 'scale', 'm': 'margin', 'tau': 'temperature',
-            'temp': 'temperature', 'smoothing': 'label_smoothing', 'num_heads': 'n_heads', 'delta': 'margin'}
+_symbols = {'lambda': 'lam', 'lambda_': 'lam', 'λ': 'lam', 's': 'scale', 'm': 'margin',
+            'tau': 'temperature',
+            'temp': 'temperature', 'smoothing': 'label_smoothing', 'num_heads': 'n_heads'}
 
 def _check_names(name, kwargs):
     known = loss_index()[name].hparams
@@ -93,7 +101,8 @@ def _check_names(name, kwargs):
         if k in known: continue
         word = _symbols.get(k)
         hint = f"{k} of the paper is {word} here: " if word in known else did_you_mean(k, known)
-        raise ValueError(f"the loss {name} has no hyper-parameter {k!r}; {hint}it has {', '.join(known) or 'none'}")
+        raise ValueError(f"the loss {name} has no hyper-parameter {k!r}; {hint}it has "
+                         f"{', '.join(known) or 'none'}")
 
 # %% ../nbs/10_specs.ipynb #6c418968
 def _split(text):
@@ -108,25 +117,31 @@ def _split(text):
         else: parts[-1] += c
     return [p.strip() for p in parts if p.strip()]
 
-_Reading = SyntaxError, ValueError, TypeError, RecursionError, MemoryError # What Python says to what is no value
+# What Python says to what is no value
+_Reading = SyntaxError, ValueError, TypeError, RecursionError, MemoryError
 
 def _value(text, where):
     "The plain value that `text` stands for; a bare word stands for itself"
     if re.fullmatch(r'[A-Za-z_]\w*', text) and text not in ('True','False','None'): return text
     try: return ast.literal_eval(text)
     except _Reading as e:
-        raise ValueError(f"{where} must be a plain value, such as 0.01, True, None or a word, got {text[:100]!r}") from e
+        raise ValueError(f"{where} must be a plain value, such as 0.01, True, None or a word, "
+                         f"got {text[:100]!r}") from e
 
 def read_spec(
     spec:str, # For example 'center' or 'center(lam=0.01, alpha=0.1)'
 ) -> tuple: # The loss's name, and a dict of hyper-parameters
     "Take a spec apart"
     m = re.fullmatch(r'([A-Za-z][\w-]*)\s*(?:\((.*)\))?', spec.strip(), re.S)
-    if not m: raise ValueError(f"cannot read the loss {spec[:100]!r}: write a name, with hyper-parameters like center(lam=0.01)")
+    if not m:
+        raise ValueError(f"cannot read the loss {spec[:100]!r}: write a name, with "
+                         f"hyper-parameters like center(lam=0.01)")
     kwargs = {}
     for part in _split(m[2] or ''):
         k,eq,v = part.partition('=')
-        if not eq: raise ValueError(f"cannot read {part[:100]!r} in the loss {spec[:100]!r}: write name=value, like center(lam=0.01)")
+        if not eq:
+            raise ValueError(f"cannot read {part[:100]!r} in the loss {spec[:100]!r}: write "
+                             f"name=value, like center(lam=0.01)")
         kwargs[k.strip()] = _value(v.strip(), f"{k.strip()} in the loss {spec[:100]!r}")
     name = find_loss(m[1])
     _check_names(name, kwargs)
@@ -163,34 +178,42 @@ def loss_label(
     "The spec of a loss: its name and the hyper-parameters that are not the default"
     try: default = type(loss)().hparams
     except TypeError: default = {}  # A loss of one's own whose arguments have no defaults
-    args = ', '.join(f'{k}={_short(v)}' for k,v in loss.hparams.items() if k not in default or not _same(v, default[k]))
+    args = ', '.join(f'{k}={_short(v)}' for k,v in loss.hparams.items() if k not in default
+                     or not _same(v, default[k]))
     return f'{loss.name}({args})' if args else loss.name
 
 def _short(v):
     "A value as it stands in a label; of a tensor its first numbers"
     if not hasattr(v, 'tolist'): return v
     numbers = v.tolist() if v.ndim == 1 else [f'shape {tuple(v.shape)}']
-    return f"({', '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in numbers[:10])}{', …' * (len(numbers) > 10)})"
+    words = [f'{x:.4g}' if isinstance(x, float) else str(x) for x in numbers[:10]]
+    if len(numbers) > 10: words.append('…')
+    return f"({', '.join(words)})"
 
 def _same(a, b):
     if hasattr(a, 'tolist') or hasattr(b, 'tolist'): return a is b
     return a == b
 
 def parse_losses(
-    losses, # 'all', comma-separated specs, a loss, a list of specs and losses, or a dict of label -> loss
+    # 'all', comma-separated specs, a loss, a list of specs and losses, or a dict of label
+    # -> loss
+    losses,
 ) -> dict: # Label -> loss
     "Losses by label"
     from discloss.core import DiscLoss
     if isinstance(losses, dict): found = list(losses.items())
-    elif isinstance(losses, (str,DiscLoss)) or not hasattr(losses, '__iter__'): found = _unlabelled([losses])
+    elif isinstance(losses, (str,DiscLoss)) or not hasattr(losses, '__iter__'):
+        found = _unlabelled([losses])
     else: found = _unlabelled(losses)
     if not found: raise ValueError(f"no loss given; known are {', '.join(loss_index())}")
     strange = [o for _,o in found if not isinstance(o, DiscLoss)]
-    if strange: raise TypeError(f"losses must be names or instances of DiscLoss, got {strange[0]!r}")
+    if strange:
+        raise TypeError(f"losses must be names or instances of DiscLoss, got {strange[0]!r}")
     return {label or loss_label(o): o for label,o in found}
 
 def _unlabelled(losses):
-    return [(None,o) for item in losses for o in (_from_text(item) if isinstance(item, str) else [item])]
+    spread = (_from_text(o) if isinstance(o, str) else [o] for o in losses)
+    return [(None,o) for os in spread for o in os]
 
 def _from_text(text):
     return [_make(*o) for o in read_specs(text)]
@@ -217,7 +240,8 @@ def check_budget(
                   seed=(lambda v: whole(v, 0) and v < 2**32, 'a whole number in 0..2**32-1'))
     for name,value in values.items():
         fits, wanted = checks[name]
-        if value is not None and not fits(value): raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        if value is not None and not fits(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 def read_seeds(
     seeds, # A number of seeds, a list of them, or their text '0,1,2'
@@ -227,14 +251,16 @@ def read_seeds(
     seeds = list(range(seeds)) if isinstance(seeds, Integral) else list(seeds)
     if not seeds: raise ValueError(f"seeds must be at least 1, got {seeds}")
     for s in seeds: check_budget(seed=s)
-    if len(set(seeds)) < len(seeds): raise ValueError(f"seeds must be different whole numbers, got {seeds}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different whole numbers, got {seeds}")
     return [int(s) for s in seeds]
 
 def read_rates(
     lr, # A learning rate, 'find', a list of rates, or their text '1e-2,1e-3'
 ) -> list: # Numbers and 'find'; None stands for the default of the network
     "Learning rates as a list"
-    if isinstance(lr, str): lr = ['find' if o == 'find' else _numbers(o, float, 'lr')[0] for o in _split(lr)]
+    if isinstance(lr, str):
+        lr = ['find' if o == 'find' else _numbers(o, float, 'lr')[0] for o in _split(lr)]
     rates = list(lr) if isinstance(lr, (list,tuple)) else [lr]
     if not rates: raise ValueError(f"lr must be positive, or 'find', got {lr!r}")
     for r in rates: check_budget(lr=r)
@@ -244,7 +270,9 @@ def read_rates(
 def _numbers(text, kind, name):
     "'5' is a number; '0,1,2' is a list"
     try: values = [kind(o) for o in text.split(',')]
-    except ValueError as e: raise ValueError(f"{name} must be {'whole ' * (kind is int)}numbers separated by commas, got {text!r}") from e
+    except ValueError as e:
+        raise ValueError(f"{name} must be {'whole ' * (kind is int)}numbers separated by "
+                         f"commas, got {text!r}") from e
     return values[0] if kind is int and len(values) == 1 else values
 
 # %% ../nbs/10_specs.ipynb #376e5a6c
@@ -279,4 +307,5 @@ def check_arch(
     if not registered('timm'): more = "; timm is not installed: pip install timm"
     else: more = ''
     guess = did_you_mean(arch, [*ours, *registered('torchvision'), *registered('timm')])
-    raise ValueError(f"unknown arch {arch!r}: {guess}known are {', '.join(ours)}, and every classifier of torchvision and timm{more}")
+    raise ValueError(f"unknown arch {arch!r}: {guess}known are {', '.join(ours)}, and every "
+                     f"classifier of torchvision and timm{more}")

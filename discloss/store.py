@@ -25,7 +25,8 @@ def writing(
     "An `OSError` inside says which file could not be written, and what to do"
     try: yield
     except OSError as e:
-        remedy = "cannot write this file, what was finished before is kept; make room or choose another folder, and start again"
+        remedy = ("cannot write this file, what was finished before is kept; "
+                  "make room or choose another folder, and start again")
         raise OSError(e.errno, f"{e.strerror or e}: {remedy}", str(path)) from e
 
 def write_whole(
@@ -83,7 +84,7 @@ def append_result(
     path:Path, # The file; made if it is not there
     row:dict, # One result
 ):
-    "Append one line of JSON by one write, and wait until it is on the disk; an `OSError` leaves the file as it was"
+    "Append a line of JSON by one write, onto the disk; an OSError leaves the file as it was"
     line = (json.dumps(plain(row), allow_nan=False)+'\n').encode()
     with writing(path), open(path, 'a+b', buffering=0) as f:
         _lock(f, wait=True)
@@ -153,9 +154,16 @@ def _is_library(module):
 
 def _is_ours(module): return (module or '').startswith('discloss.') and module in sys.modules
 
-def _name(o): return f"{getattr(o, '__module__', None)}.{getattr(o, '__qualname__', type(o).__name__)}"
+def _name(o):
+    return f"{getattr(o, '__module__', None)}.{getattr(o, '__qualname__', type(o).__name__)}"
 
-_custom_op = getattr(torch.library, 'CustomOpDef', ()) # An operator of one's own, made by torch.library.custom_op
+# An operator of one's own, made by torch.library.custom_op
+_custom_op = getattr(torch.library, 'CustomOpDef', ())
+
+_simple = (float, complex, bytes, range, slice, Enum, PurePath, np.generic, np.dtype,
+           torch.dtype, torch.device, torch.Size)
+_unimportant = ('__dict__ __weakref__ __doc__ __module__ __annotations__ __firstlineno__ '
+                '__static_attributes__ _abc_impl').split()
 
 class _Describer:
     "One description; things that were met before are named by their number"
@@ -164,7 +172,7 @@ class _Describer:
 
     def __call__(self, o):
         if o is None or isinstance(o, (bool,int,str)) and not isinstance(o, Enum): return o
-        if isinstance(o, (float,complex,bytes,range,slice,Enum,PurePath,np.generic,np.dtype,torch.dtype,torch.device,torch.Size)):
+        if isinstance(o, _simple):
             return f'{type(o).__name__} {o!r}'
         if id(o) in self.met: return f'#{self.met[id(o)][0]}'
         if len(self.met) >= self.most: raise TypeError('it holds too much')
@@ -174,7 +182,8 @@ class _Describer:
     def look_inside(self, o):
         if isinstance(o, (Tensor,np.ndarray)): return self.array(o)
         if isinstance(o, (list,tuple)): return [self(v) for v in o]
-        if isinstance(o, dict): return sorted(([str(k), self(v)] for k,v in o.items()), key=lambda p: p[0])
+        if isinstance(o, dict):
+            return sorted(([str(k), self(v)] for k,v in o.items()), key=lambda p: p[0])
         if isinstance(o, (set,frozenset)): return sorted(json.dumps(self(v)) for v in o)
         if isinstance(o, partial): return ['partial', self(o.func), self(o.args), self(o.keywords)]
         if isinstance(o, types.ModuleType): return self.module(o)
@@ -186,13 +195,15 @@ class _Describer:
         if isinstance(o, type): return self.cls(o)
         if isinstance(o, types.CellType): return self.cell(o)
         if isinstance(o, _custom_op): return ['operator', self(o._init_fn)]
-        if callable(o) and hasattr(o, '__qualname__') and not hasattr(o, '__dict__'): return _name(o) # Written in C
+        if callable(o) and hasattr(o, '__qualname__') and not hasattr(o, '__dict__'):
+            return _name(o) # Written in C
         return self.object(o)
 
     def array(self, t):
         t = t.detach().cpu() if isinstance(t, Tensor) else torch.from_numpy(np.ascontiguousarray(t))
-        t = t.as_subclass(Tensor).contiguous()
-        return f'{t.dtype} {tuple(t.shape)} {_hash(t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"")}'
+        flat = t.as_subclass(Tensor).contiguous().flatten()
+        data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b''
+        return f'{t.dtype} {tuple(t.shape)} {_hash(data)}'
 
     def module(self, m):
         if _is_library(m.__name__) or not getattr(m, '__file__', None): return m.__name__
@@ -200,14 +211,16 @@ class _Describer:
 
     def code(self, c):
         counts = c.co_argcount, c.co_kwonlyargcount, c.co_flags
-        return [_hash(c.co_code), self(c.co_consts), self(c.co_names), self(counts), self(c.co_freevars)]
+        return [_hash(c.co_code), self(c.co_consts), self(c.co_names), self(counts),
+                self(c.co_freevars)]
 
     def function(self, f):
         closure = [self(c) for c in f.__closure__ or ()]
         if _is_library(f.__module__): return [_name(f), *closure]
         if _is_ours(f.__module__): return [_name(f), self(sys.modules[f.__module__]), *closure]
         used = {k: f.__globals__[k] for k in sorted(_names(f.__code__)) if k in f.__globals__}
-        return [f.__qualname__, self(f.__code__), self(f.__defaults__), self(f.__kwdefaults__), closure, self(used), self(vars(f))]
+        return [f.__qualname__, self(f.__code__), self(f.__defaults__), self(f.__kwdefaults__),
+                closure, self(used), self(vars(f))]
 
     def cell(self, c):
         try: return self(c.cell_contents)
@@ -215,9 +228,10 @@ class _Describer:
 
     def cls(self, c):
         if _is_library(c.__module__): return _name(c)
-        if _is_ours(c.__module__): return [_name(c), self(sys.modules[c.__module__]), [self(b) for b in c.__bases__]]
-        skip = '__dict__ __weakref__ __doc__ __module__ __annotations__ __firstlineno__ __static_attributes__ _abc_impl'.split()
-        return [c.__qualname__, [self(b) for b in c.__bases__], self({k: v for k,v in vars(c).items() if k not in skip})]
+        if _is_ours(c.__module__):
+            return [_name(c), self(sys.modules[c.__module__]), [self(b) for b in c.__bases__]]
+        inside = {k: v for k,v in vars(c).items() if k not in _unimportant}
+        return [c.__qualname__, [self(b) for b in c.__bases__], self(inside)]
 
     def object(self, o):
         hidden = type(o).__reduce__ is not object.__reduce__  # State that is not in its attributes
@@ -236,7 +250,8 @@ def describe(
 ): # Plain values, the same in every process
     "What decides how `o` works; raises `TypeError` if that cannot be told"
     try: return _Describer()(o)
-    except (RecursionError, ValueError, OSError, RuntimeError) as e: raise TypeError(f'{type(o).__name__} cannot be described: {e}') from e
+    except (RecursionError, ValueError, OSError, RuntimeError) as e:
+        raise TypeError(f'{type(o).__name__} cannot be described: {e}') from e
 
 def run_key(
     config, # Anything that describe can describe
