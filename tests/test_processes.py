@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from discloss.core import communication
+from discloss.losses.cc import CCLoss
 from discloss.losses.center import CenterLoss
 from discloss.losses.ldmat import LDMATLoss
 from discloss.losses.lgm import LGMLoss
@@ -15,6 +16,7 @@ from discloss.losses.pedcc import PEDCCLoss
 from discloss.losses.pod import PODLoss
 from discloss.losses.sigma2r import Sigma2RLoss
 from discloss.metric import AnyPML
+from discloss.losses.soft_nn import SoftNNLoss
 
 losses = {
     'center': CenterLoss(lam=0.5),
@@ -31,6 +33,11 @@ losses = {
     'supcon, weights': AnyPML('SupConLoss', weight=[1.,2.,3.,4.]),
     'proxyanchor': AnyPML('ProxyAnchorLoss', ce=0.),
     'triplet': AnyPML('TripletMarginLoss', 'BatchHardMiner'),
+    'cc': CCLoss(lam=0.5),
+    'cc, hinge': CCLoss(mode='hinge', margin=0.2),
+    'cc, as FA-Loss': CCLoss(lam=4., mode='ratio', squared=True, eps=0.01, sums=True, rescale=True),
+    'soft nn': SoftNNLoss(lam=0.5),
+    'soft nn, entangling': SoftNNLoss(lam=-0.5, metric='cosine', relative=False),
 }
 n_in, n_out = 6, 4
 

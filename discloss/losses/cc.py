@@ -3,23 +3,29 @@
 # %% auto #0
 __all__ = ['cc_modes', 'cc_hypers', 'cc_loss', 'ChannelAttentionHead', 'CCLoss']
 
-# %% ../../nbs/losses/60_cc.ipynb #d0146f38
+# %% ../../nbs/losses/60_cc.ipynb #f8771b62
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, gather_samples, reduce_losses
+from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, gather_samples,
+    reduce_losses)
 from ..heads import distances
 
-# %% ../../nbs/losses/60_cc.ipynb #654493ee
+# %% ../../nbs/losses/60_cc.ipynb #2fa4a357
 cc_modes = 'difference', 'ratio', 'hinge'
 
-cc_hypers = dict(mode=Choice(cc_modes, search=True), margin=Number(0, search=(0.05, 1.)), squared=Choice((False, True)),
-                 eps=Number(0, above=True, search=(1e-6, 0.1), log=True), sums=Choice((False, True)))
+cc_hypers = dict(
+    mode=Choice(cc_modes, search=True),
+    margin=Number(0, search=(0.05, 1.)),
+    squared=Choice((False, True)),
+    eps=Number(0, above=True, search=(1e-6, 0.1), log=True),
+    sums=Choice((False, True)),
+)
 
 def _pairs(a, targ, f):
-    "For each sample the sums of f(distance) over others of its class and over other classes, and the size of its class"
+    "For each sample: sums of f(distance) over its class and over others, and the size of its class"
     near, far = f(distances(a, a))
     own = targ[:,None] == targ
     return (near*own).sum(1), (far*~own).sum(1), own.sum(1)
@@ -38,10 +44,14 @@ def _moments(a, targ, n_out):
 
 @full_precision
 def cc_loss(
-    attention:Tensor, # One attention vector for each sample, shape (batch, channels), floating point, in [0, 1] from the head
+    # One attention vector for each sample, shape (batch, channels), floating point, in [0, 1]
+    # from the head
+    attention:Tensor,
     targ:Tensor, # Class indices, shape (batch,)
-    mode:str='difference', # How intra- and inter-class distance are joined: 'difference', 'ratio' or 'hinge'. Our choice
-    margin:float=0.5, # For 'hinge': the distance between classes that is enough, at least 0. Our choice
+    # How intra- and inter-class distance are joined: 'difference', 'ratio' or 'hinge'. Our choice
+    mode:str='difference',
+    # For 'hinge': the distance between classes that is enough, at least 0. Our choice
+    margin:float=0.5,
     squared:bool=False, # Squared distances? The paper's are plain
     n_out:int|None=None, # Number of classes; None: not checked, and looked up where it is needed
     eps:float=1e-6, # Added to the denominator of 'ratio', positive; 0.01 in FA-Loss
@@ -51,7 +61,8 @@ def cc_loss(
     "Distances of attention vectors: small within a class, large between classes"
     check_hparams(cc_hypers, mode=mode, margin=margin, squared=squared, eps=eps, sums=sums)
     check_inputs(targ, n_out=n_out, attention=attention)
-    return reduce_losses(_cc_losses(attention, targ.long(), mode, margin, squared, n_out, eps, sums), reduction)
+    losses = _cc_losses(attention, targ.long(), mode, margin, squared, n_out, eps, sums)
+    return reduce_losses(losses, reduction)
 
 def _cc_losses(attention, targ, mode, margin, squared, n_out, eps, sums):
     "One loss per sample, from the pairs of all samples given"
@@ -63,20 +74,23 @@ def _cc_losses(attention, targ, mode, margin, squared, n_out, eps, sums):
         if squared: d = d.pow(2)
         return d, F.relu(margin-d) if mode == 'hinge' else d
     same, other, n = _moments(a, targ, n_out) if squared and mode != 'hinge' else _pairs(a, targ, f)
-    # $\frac{N}{|S|}\sum_m D_{nm}$ and $\frac{N}{|B|}\sum_m D_{nm}$: rows whose means are $L_{intra}$ and $L_{inter}$
+    # $\frac{N}{|S|}\sum_m D_{nm}$ and $\frac{N}{|B|}\sum_m D_{nm}$, of means $L_{intra}$, $L_{inter}$
     n_same, n_other = (n-1).sum().clamp_min(1), (N-n).sum().clamp_min(1)
-    intra, inter = (N*same, N*other) if sums else (N*same/n_same, N*other/n_other)
+    if sums: n_same = n_other = 1
+    intra, inter = N*same/n_same, N*other/n_other
     if mode == 'difference': return intra - inter
     if mode == 'hinge': return intra + inter
     return intra/torch.where((N-n).sum() > 0, inter.mean()+eps, 1)
 
-# %% ../../nbs/losses/60_cc.ipynb #82c64635
+# %% ../../nbs/losses/60_cc.ipynb #f3359914
 class ChannelAttentionHead(Head):
     "A linear classifier with a squeeze-and-excitation branch; in training logits and attention"
     def __init__(self,
         n_in:int, # Number of features, the channels
         n_out:int, # Number of classes
-        squeeze:int=16, # The branch has `n_in//squeeze` hidden units, at least 8; 16 in squeeze-and-excitation, the 8 is our choice
+        # The branch has `n_in//squeeze` hidden units, at least 8; 16 in squeeze-and-excitation,
+        # the 8 is our choice
+        squeeze:int=16,
         rescale:bool=False, # Does the classifier see the features times the attention?
     ):
         super().__init__(n_in, n_out)
@@ -93,7 +107,8 @@ class ChannelAttentionHead(Head):
         return full_precision(torch.sigmoid)(self.branch(feats))
 
     def forward(self,
-        feats:Tensor, # Shape (batch, n_in), or a feature map (batch, n_in, height, width), which is averaged
+        # Shape (batch, n_in), or a feature map (batch, n_in, height, width), which is averaged
+        feats:Tensor,
     ) -> Tensor|dict: # Logits (batch, n_out); in training logits and attention
         "Logits, and in training the attention"
         if feats.ndim == 4: feats = feats.flatten(2).mean(2)
@@ -103,27 +118,38 @@ class ChannelAttentionHead(Head):
         return dict(logits=logits, attention=att) if self.training else logits
 
 class CCLoss(DiscLoss):
-    "Cross-entropy plus `lam` times the distances of attention vectors; the attention branch lives in the `ChannelAttentionHead`"
-    hypers = dict(cc_hypers, lam=Number(0, search=(0.01, 10.), log=True), squeeze=Number(1, whole=True), rescale=Choice((False, True)))
+    "Cross-entropy plus lam times distances of the attention that the ChannelAttentionHead gives"
+    hypers = dict(cc_hypers,
+        lam=Number(0, search=(0.01, 10.), log=True),
+        squeeze=Number(1, whole=True),
+        rescale=Choice((False, True)),
+    )
     separable,pairs = False,True
     def __init__(self,
         lam:float=0.1, # Weight next to cross-entropy, at least 0. Our choice, see the sweep
         mode:str='difference', # 'difference', 'ratio' or 'hinge'. Our choice
         margin:float=0.5, # For 'hinge': the distance between classes that is enough. Our choice
         squared:bool=False, # Squared distances? The paper's are plain
-        squeeze:int=16, # The attention branch has `n_in//squeeze` hidden units, at least 8; 16 in squeeze-and-excitation
-        rescale:bool=False, # Does the classifier see the features times the attention? True in FA-Loss
+        # The attention branch has `n_in//squeeze` hidden units, at least 8; 16 in squeeze-and-
+        # excitation
+        squeeze:int=16,
+        # Does the classifier see the features times the attention? True in FA-Loss
+        rescale:bool=False,
         eps:float=1e-6, # Added to the denominator of 'ratio', positive; 0.01 in FA-Loss
         sums:bool=False, # Sums over pairs instead of means, as in FA-Loss? Our choice
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None,
     ):
         super().__init__(reduction, weight)
-        self.set_hparams(lam=lam, mode=mode, margin=margin, squared=squared, squeeze=squeeze, rescale=rescale, eps=eps, sums=sums)
+        self.set_hparams(lam=lam, mode=mode, margin=margin, squared=squared, squeeze=squeeze)
+        self.set_hparams(rescale=rescale, eps=eps, sums=sums)
 
     def head(self, n_in, n_out): return ChannelAttentionHead(n_in, n_out, self.squeeze, self.rescale)
 
     def loss(self, logits, attention, targ):
         a, y = gather_samples(attention, targ)
-        cc = _cc_losses(a, y, self.mode, self.margin, self.squared, logits.shape[1], self.eps, self.sums)[:len(targ)]
-        return F.cross_entropy(logits, targ, reduction='none') + self.lam*cc
+        form = self.mode, self.margin, self.squared, logits.shape[1], self.eps, self.sums
+        cc = _cc_losses(a, y, *form)
+        # The samples of this process come first
+        return F.cross_entropy(logits, targ, reduction='none') + self.lam*cc[:len(targ)]

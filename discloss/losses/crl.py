@@ -3,16 +3,16 @@
 # %% auto #0
 __all__ = ['crl_hypers', 'nllr_loss', 'crl_loss', 'NLLRLoss', 'CRLLoss']
 
-# %% ../../nbs/losses/70_crl.ipynb #6229ba04
+# %% ../../nbs/losses/70_crl.ipynb #0ec971a4
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import DiscLoss, Number, check_hparams, check_inputs, full_precision, reduce_losses
+from ..core import (DiscLoss, Number, check_hparams, check_inputs, full_precision, reduce_losses)
 
-# %% ../../nbs/losses/70_crl.ipynb #3a4d3c4c
+# %% ../../nbs/losses/70_crl.ipynb #862bfdc1
 @full_precision
 def nllr_loss(
     logits:Tensor, # Shape (batch, classes), floating point, 2 classes or more
@@ -22,7 +22,8 @@ def nllr_loss(
     "Log of the probability of all wrong classes together, over that of the right one"
     check_inputs(targ, n_out=logits.shape[-1], logits=logits)
     if logits.shape[1] < 2:
-        raise ValueError(f"logits must have 2 classes or more, got shape {tuple(logits.shape)}: there is no wrong class")
+        raise ValueError(f"logits must have 2 classes or more, got shape {tuple(logits.shape)}: "
+                         "there is no wrong class")
     return reduce_losses(_odds_against(logits, targ.long()), reduction)
 
 def _odds_against(logits, targ): # The same without a look at the input
@@ -33,14 +34,19 @@ def _odds_against(logits, targ): # The same without a look at the input
     # $\log\sum_{j\ne k} e^{z_j-m} + (m-z_k)$
     return (wrong-m).exp().sum(1).log() + (m-logits.gather(1, right))[:,0]
 
-crl_hypers = dict(alpha=Number(0, search=(1., 3.)), beta=Number(0, search=(0.1, 3.), log=True))
+crl_hypers = dict(
+    alpha=Number(0, search=(1., 3.)),
+    beta=Number(0, search=(0.1, 3.), log=True),
+)
 
 @full_precision
 def crl_loss(
     logits:Tensor, # Shape (batch, classes), floating point, 2 classes or more
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
-    alpha:float=1.5, # At least 0; below 1 the loss can be negative, at 0 it has no floor. 1.5 in the independent implementation; the authors' code counts it one higher
-    beta:float=1., # At least 0: how much the competitors count; 0 is cross-entropy. 1 in the independent implementation
+    # At least 0; below 1 the loss can be negative, at 0 it has no floor. 1.5 in an independent
+    # implementation; the authors' code counts it one higher
+    alpha:float=1.5,
+    beta:float=1., # At least 0: how much the competitors count; 0 is cross-entropy
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,); at least $\beta\log\alpha$
     "Cross-entropy plus `beta` times the log of `alpha` plus the probability of all wrong classes"
@@ -55,7 +61,7 @@ def _competing(nllr, alpha, beta):
     # $-\log\operatorname{sig}(s)+\beta\log(\alpha+q)$
     return beta*competing - F.logsigmoid(-nllr)
 
-# %% ../../nbs/losses/70_crl.ipynb #dcfd1669
+# %% ../../nbs/losses/70_crl.ipynb #379a5880
 class NLLRLoss(DiscLoss):
     "Negative log likelihood ratio of the right class to all others; unbounded below, see `CRLLoss`"
     def loss(self, logits, targ): return _odds_against(logits, targ)
@@ -64,10 +70,13 @@ class CRLLoss(DiscLoss):
     "Competing ratio loss; works with any model, with or without a head"
     hypers = crl_hypers
     def __init__(self,
-        alpha:float=1.5, # At least 0; below 1 the loss can be negative, at 0 it has no floor. 1.5 in the independent implementation; the authors' code counts it one higher
-        beta:float=1., # At least 0: how much the competitors count; 0 is cross-entropy. 1 in the independent implementation
+        # At least 0; below 1 the loss can be negative, at 0 it has no floor. 1.5 in an independent
+        # implementation; the authors' code counts it one higher
+        alpha:float=1.5,
+        beta:float=1., # At least 0: how much the competitors count; 0 is cross-entropy
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None,
     ):
         super().__init__(reduction, weight)
         self.set_hparams(alpha=alpha, beta=beta)

@@ -3,19 +3,21 @@
 # %% auto #0
 __all__ = ['CrossEntropy']
 
-# %% ../../nbs/losses/00_cross_entropy.ipynb #865baa62
+# %% ../../nbs/losses/00_cross_entropy.ipynb #58b60f33
 import torch.nn.functional as F
 
 from ..core import DiscLoss, Number
 
-# %% ../../nbs/losses/00_cross_entropy.ipynb #7311b6a3
+# %% ../../nbs/losses/00_cross_entropy.ipynb #d85885b0
 class CrossEntropy(DiscLoss):
     "Cross-entropy of the logits; works with any model, with or without a head"
     hypers = dict(label_smoothing=Number(0, 1, search=(0.01, 0.3), log=True))
     def __init__(self,
-        label_smoothing:float=0., # In [0, 1]: how much of the target is spread evenly over the classes
+        # In [0, 1]: how much of the target is spread evenly over the classes
+        label_smoothing:float=0.,
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None,
     ):
         super().__init__(reduction, weight)
         self.set_hparams(label_smoothing=label_smoothing)

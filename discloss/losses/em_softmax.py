@@ -4,7 +4,7 @@
 __all__ = ['em_softmax_hypers', 'soft_margin_loss', 'hsic', 'em_softmax_loss', 'contrasts', 'stacked', 'EMSoftmaxHead',
            'EMSoftmaxLoss']
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #7158723f
+# %% ../../nbs/losses/71_em_softmax.ipynb #0d6b279f
 from itertools import combinations
 
 import torch
@@ -12,10 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, reduce_losses
+from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, reduce_losses)
 from ..heads import by_hand, differentiable_grads
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #70266779
+# %% ../../nbs/losses/71_em_softmax.ipynb #5d87469f
 em_softmax_hypers = dict(margin=Number(0, search=(0.05, 3.), log=True),
                          lam=Number(0, search=(1e-3, 1.), log=True),
                          detach_others=Choice((False, True)))
@@ -24,7 +24,8 @@ em_softmax_hypers = dict(margin=Number(0, search=(0.05, 3.), log=True),
 def soft_margin_loss(
     logits:Tensor, # Shape (batch, classes), floating point
     targ:Tensor, # Class indices, shape (batch,)
-    margin:float=0.5, # Subtracted from the logit of the true class, at least 0; 0 gives cross-entropy. Ours
+    # Subtracted from the logit of the true class, at least 0; 0 gives cross-entropy. Ours
+    margin:float=0.5,
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
     "Cross-entropy with a margin subtracted from the logit of the true class"
@@ -60,9 +61,9 @@ class _SoftMargin(torch.autograd.Function):
         grad = grad[:,None]
         return log_p.exp().mul_(grad).scatter_add_(1, targ[:,None], -grad), None, None
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #1b401a5c
+# %% ../../nbs/losses/71_em_softmax.ipynb #d4e8232e
 def _few_features(A):
-    "Is the Frobenius form the cheaper one? It takes 3V(V-1)/2 products of d x d x K, the Gram form 2V of K x K x d"
+    "Is the Frobenius form cheaper? It takes 3V(V-1)/2 products of (d, d, K), Gram 2V of (K, K, d)"
     V,K,d = A.shape
     return 3*(V-1)*d <= 4*K
 
@@ -111,18 +112,22 @@ def _dot(a, b): return torch.dot(a.flatten(), b.flatten())
 @full_precision
 def hsic(
     weights:Tensor, # The weights of the heads, shape (heads, classes, d)
-    detach_others:bool=False, # Each head takes the others as constants, as in the authors' update: the same value, half the gradient
+    # Each head takes the others as constants, as in the authors' update: the same value, half the
+    # gradient
+    detach_others:bool=False,
 ) -> Tensor: # A scalar, at least 0 up to rounding; 0 for one head
-    "Hilbert-Schmidt independence criterion of linear classifiers, summed over ordered pairs, without the constant 1/(classes-1)²"
-    if weights.ndim != 3: raise ValueError(f"weights must have shape (heads, classes, d), got {tuple(weights.shape)}")
+    "HSIC of linear classifiers, summed over ordered pairs, without the constant 1/(classes-1)²"
+    if weights.ndim != 3:
+        raise ValueError(f"weights must have shape (heads, classes, d), got {tuple(weights.shape)}")
     if len(weights) == 1: return weights.new_zeros(())
     value = _HSIC.apply(weights) if by_hand() else _hsic(weights)
     return (value + value.detach())/2 if detach_others else value
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #fe4a48dd
+# %% ../../nbs/losses/71_em_softmax.ipynb #8ebff633
 @full_precision
 def em_softmax_loss(
-    head_logits:Tensor, # Logits of all heads, shape (batch, heads*classes), one head after the other
+    # Logits of all heads, shape (batch, heads*classes), one head after the other
+    head_logits:Tensor,
     targ:Tensor, # Class indices, shape (batch,)
     weights:Tensor, # The weights of the heads, shape (heads, classes, d)
     margin:float=0.5, # Soft margin, at least 0. Ours
@@ -135,7 +140,8 @@ def em_softmax_loss(
     V,K = weights.shape[:2]
     check_inputs(targ, n_out=K, head_logits=head_logits)
     if head_logits.shape[1] != V*K:
-        raise ValueError(f"head_logits must have shape (batch, {V*K}) for {V} heads of {K} classes, got {tuple(head_logits.shape)}")
+        raise ValueError(f"head_logits must have shape (batch, {V*K}) for {V} heads of {K} classes, "
+                         f"got {tuple(head_logits.shape)}")
     losses = _ensemble(head_logits, targ.long(), V, margin)
     if lam: losses = losses + _diversity(weights, lam, detach_others)
     return reduce_losses(losses, reduction)
@@ -149,7 +155,7 @@ def _diversity(weights, lam, detach_others):
     # $\frac{\lambda}{2V}\,\Omega$
     return lam/(2*len(weights))*hsic(weights, detach_others)
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #dc6485c0
+# %% ../../nbs/losses/71_em_softmax.ipynb #074e00c0
 def contrasts(
     n_heads:int, # Number of heads V
     like:Tensor, # Of the dtype and on the device that are wanted
@@ -161,7 +167,8 @@ def contrasts(
     return basis/torch.linalg.vector_norm(basis, dim=0)
 
 def stacked(
-    mean:Tensor, # Mean of the heads' weights, shape (classes, d), or of their biases, shape (classes,)
+    # Mean of the heads' weights, shape (classes, d), or of their biases, shape (classes,)
+    mean:Tensor,
     offsets:Tensor, # Shape (heads-1, *mean.shape)
 ) -> Tensor: # Shape (heads, *mean.shape)
     "The weights of all heads"
@@ -171,7 +178,7 @@ def stacked(
     return rows.view(V, *mean.shape)
 
 class EMSoftmaxHead(Head):
-    "Linear classifiers around their mean `fc`; in training logits, head_logits, mean_weight and offsets, in evaluation `fc` alone"
+    "Linear classifiers around their mean fc; in training logits, head_logits, mean_weight and offsets"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
@@ -197,7 +204,7 @@ class EMSoftmaxHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training also the logits of all heads, (batch, heads*classes), and their weights in two parts
+    ) -> Tensor|dict: # Logits (batch, n_out); in training also head_logits (batch, heads*classes) and weights
         "Averaged logits, and in training what the loss needs"
         logits = self.fc(feats)
         if not self.training: return logits
@@ -207,19 +214,26 @@ class EMSoftmaxHead(Head):
             off = self.offsets(feats).view(len(feats), self.n_heads-1, self.n_out)
             head_logits = (logits[:,None] + contrasts(self.n_heads, off) @ off).flatten(1)
         offsets = self._offsets('weight', weight)
-        return dict(logits=logits, head_logits=head_logits, mean_weight=weight.view_as(weight), offsets=offsets)
+        weights = dict(mean_weight=weight.view_as(weight), offsets=offsets)
+        return dict(logits=logits, head_logits=head_logits, **weights)
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #8ae12afb
+# %% ../../nbs/losses/71_em_softmax.ipynb #deaf76bc
 class EMSoftmaxLoss(DiscLoss):
     "Soft margin loss of several linear classifiers, plus lam/(2*n_heads) times HSIC of their weights"
     hypers = dict(em_softmax_hypers, n_heads=Number(1, whole=True, search=(1, 4)))
     def __init__(self,
-        n_heads:int=2, # Number of classifiers, at least 1; 1 gives M-Softmax, the soft margin alone. Ours: four and eight became identical on digits
-        margin:float=0.5, # Soft margin, at least 0; 0 gives E-Softmax, the ensemble alone. Ours, from a flat range; 0 in the authors' code
-        lam:float=0.1, # Weight of diversity, at least 0; depends on the number of classes and heads. Tuned here; 1 in the authors' code
-        detach_others:bool=False, # Each head takes the others as constants, as in the authors' update; the same as half of `lam`
+        # Number of classifiers, at least 1; 1 gives M-Softmax, the soft margin alone. Ours
+        n_heads:int=2,
+        # Soft margin, at least 0; 0 gives E-Softmax, the ensemble alone. Ours; 0 in the authors'
+        # code
+        margin:float=0.5,
+        lam:float=0.1, # Weight of diversity, at least 0. Tuned here; 1 in the authors' code
+        # Each head takes the others as constants, as in the authors' update; the same as half of
+        # lam
+        detach_others:bool=False,
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None,
     ):
         super().__init__(reduction, weight)
         self.set_hparams(n_heads=n_heads, margin=margin, lam=lam, detach_others=detach_others)

@@ -3,20 +3,25 @@
 # %% auto #0
 __all__ = ['distance_metrics', 'soft_nn_hypers', 'soft_nn_loss', 'entanglement', 'Temperature', 'SoftNNHead', 'SoftNNLoss']
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #34de1d05
+# %% ../../nbs/losses/61_soft_nn.ipynb #4ab2ce5d
 import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision, gather_samples, reduce_losses
+from ..core import (Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision, gather_samples,
+    reduce_losses)
 from ..heads import LinearHead, squared_distances, unit
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #5879d24e
+# %% ../../nbs/losses/61_soft_nn.ipynb #44bd4aa1
 distance_metrics = 'euclidean', 'cosine'
 
-soft_nn_hypers = dict(temperature=Number(0, above=True, search=(0.05, 3.), log=True), metric=Choice(distance_metrics), relative=Choice((False, True)))
+soft_nn_hypers = dict(
+    temperature=Number(0, above=True, search=(0.05, 3.), log=True),
+    metric=Choice(distance_metrics),
+    relative=Choice((False, True)),
+)
 
 def _distances(feats, metric, relative):
     # $d_{ij}=\lVert x_i-x_j\rVert^2$, or $1-\cos = \frac12\lVert\hat x_i-\hat x_j\rVert^2$
@@ -28,7 +33,7 @@ def _distances(feats, metric, relative):
     return d/torch.where(u > torch.finfo(d.dtype).tiny, u, 1)
 
 def _own_rows(feats, targ, metric, relative):
-    "Distances of the samples of this process to those of all, and the labels of all; own samples come first"
+    "Distances of this process's samples to those of all processes, and all labels; own samples first"
     x, y = gather_samples(feats, targ)
     return _distances(x, metric, relative)[:len(feats)], y
 
@@ -38,12 +43,15 @@ def _losses(d, targ, temperature):
     me = torch.eye(n, m, dtype=torch.bool, device=d.device)
     same = (targ[:n,None] == targ) & ~me
     alone = ~same.any(1, keepdim=True)
-    # $-d_{ij}/T$, up to a constant for each row that makes it 0 for the nearest neighbour, and cut at $-4\cdot10^9$ (in float32): nothing overflows
+    # $-d_{ij}/T$, up to a constant for each row: 0 for the nearest neighbour
     self_pair = me & ~alone
     near = d.detach().masked_fill(self_pair, torch.inf).amin(1, keepdim=True)
-    lowest = -torch.finfo(d.dtype).max**.25*(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    # Cut at $-4\cdot10^9$ in float32, so that nothing overflows
+    constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    lowest = -torch.finfo(d.dtype).max**.25*constant
     s = (near-d).masked_fill(self_pair, 0).clamp_min(lowest)/temperature
-    # $\log\sum_{k\ne i}e^{-d_{ik}/T} - \log\sum_{j\ne i,\,y_j=y_i}e^{-d_{ij}/T}$; without a partner the difference of two equal sums
+    # $\log\sum_{k\ne i}e^{-d_{ik}/T} - \log\sum_{j\ne i,\,y_j=y_i}e^{-d_{ij}/T}$
+    # Without a partner it is the difference of two equal sums
     def log_sum(keep): return s.masked_fill(~(keep | alone), -torch.inf).logsumexp(1)
     return torch.where(alone[:,0], 0, log_sum(~me) - log_sum(same))
 
@@ -54,7 +62,8 @@ def soft_nn_loss(
     temperature:float|Tensor=1., # Positive; a tensor without dimensions can be learned
     reduction:str='mean', # 'mean', 'sum' or 'none'
     metric:str='euclidean', # Squared Euclidean distance, or 'cosine', one minus the cosine
-    relative:bool=False, # Temperature in units of the mean distance over pairs? Our choice; the paper's is absolute
+    # Temperature in units of the mean distance over pairs? Our choice; the paper's is absolute
+    relative:bool=False,
 ) -> Tensor: # A scalar, or shape (batch,); at least 0, and 0 for a sample that is alone in its class
     "Minus the logarithm of the probability that a neighbour, near ones more likely, has the same label"
     check_inputs(targ, feats=feats)
@@ -63,15 +72,15 @@ def soft_nn_loss(
         raise ValueError(f"temperature must be positive, got {temperature}")
     return reduce_losses(_losses(_distances(feats, metric, relative), targ, temperature), reduction)
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #41980e6d
+# %% ../../nbs/losses/61_soft_nn.ipynb #b0521db8
 @torch.no_grad()
 @full_precision
 def entanglement(
     feats:Tensor, # Shape (n, d), floating point; matrices of n x n are made
     targ:Tensor, # Class indices, shape (n,)
     metric:str='euclidean', # 'euclidean' or 'cosine'
-) -> tuple: # The least soft nearest neighbour loss, and the temperature in units of the mean distance where it is found; tensors
-    "Soft nearest neighbour loss at the best of 26 temperatures: how much classes are mixed, whatever the scale of the features"
+) -> tuple: # Two tensors: the least loss, and its temperature in units of the mean distance
+    "Soft nearest neighbour loss at the best of 26 temperatures: how much classes are mixed"
     check_inputs(targ, feats=feats)
     check_hparams(soft_nn_hypers, metric=metric)
     d = _distances(feats, metric, relative=True)
@@ -80,7 +89,7 @@ def entanglement(
     best, i = torch.stack([_losses(d, targ, t).mean() for t in ts]).min(0)
     return best, ts[i]
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #e7767de3
+# %% ../../nbs/losses/61_soft_nn.ipynb #92035a5d
 class Temperature(nn.Module):
     "A positive number that is learned: `initial * exp(speed*bias)`"
     def __init__(self,
@@ -111,29 +120,41 @@ class SoftNNHead(LinearHead):
     ) -> Tensor|dict: # Logits (batch, n_out); in training logits, feats and temperature
         "Logits, and in training the features and the temperature"
         logits = self.fc(feats)
-        return dict(logits=logits, feats=feats, temperature=self.temperature()) if self.training else logits
+        if not self.training: return logits
+        return dict(logits=logits, feats=feats, temperature=self.temperature())
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #aa221ce8
+# %% ../../nbs/losses/61_soft_nn.ipynb #0d435922
 class SoftNNLoss(DiscLoss):
-    "Cross-entropy plus lam times soft nearest neighbour loss; the temperature is learned in the SoftNNHead"
-    hypers = dict(soft_nn_hypers, lam=Number(search=(0.1, 10.), log=True), speed=Number(0, search=(0.1, 10.), log=True))
+    "Cross-entropy plus lam times soft nearest neighbour loss; the SoftNNHead learns the temperature"
+    hypers = dict(soft_nn_hypers,
+        lam=Number(search=(0.1, 10.), log=True),
+        speed=Number(0, search=(0.1, 10.), log=True),
+    )
     separable,pairs = False,True
     def __init__(self,
-        lam:float=1., # Weight next to cross-entropy: positive to disentangle classes, negative to entangle them. Our choice, see the sweep
-        temperature:float=0.3, # Where the temperature starts, positive. Our choice, see the sweep; 100, absolute, in the authors' code
+        # Weight next to cross-entropy: positive to disentangle classes, negative to entangle
+        # them. Our choice
+        lam:float=1.,
+        # Where the temperature starts, positive. Our choice; 100, absolute, in the
+        # authors' code
+        temperature:float=0.3,
         speed:float=1., # How fast it is learned, at least 0; 0: it stays. Our choice
         metric:str='euclidean', # 'euclidean' (squared) or 'cosine'
-        relative:bool=True, # Temperature in units of the mean distance over pairs of the batch? Our choice; the paper's is absolute
+        # Temperature in units of the mean distance over pairs of the batch? Our choice; the
+        # paper's is absolute
+        relative:bool=True,
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None,
     ):
         super().__init__(reduction, weight)
-        self.set_hparams(lam=lam, temperature=temperature, speed=speed, metric=metric, relative=relative)
+        self.set_hparams(lam=lam, temperature=temperature, speed=speed)
+        self.set_hparams(metric=metric, relative=relative)
 
     def head(self, n_in, n_out): return SoftNNHead(n_in, n_out, self.temperature, self.speed)
 
     def loss(self, logits, feats, temperature, targ):
-        # the temperature minimises $\ell$ in both uses: when features climb, its gradient is turned
+        # The temperature minimises $\ell$ in both uses: when features climb, its gradient is turned
         if self.lam < 0: temperature = 2*temperature.detach() - temperature
         pairs = _losses(*_own_rows(feats, targ, self.metric, self.relative), temperature)
         return F.cross_entropy(logits, targ, reduction='none') + self.lam*pairs
