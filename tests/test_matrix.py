@@ -13,7 +13,7 @@ from fastai.vision.all import (Callback, ClassificationInterpretation, CutMix, G
 
 import discloss
 from discloss.bodies import small_body
-from discloss.core import find_head, with_head
+from discloss.core import find_head, training_head, with_head
 from discloss.data import ImageTensorLoaders, ImageTensors, image_dls
 from discloss.learner import TrainMetrics, disc_learner
 from discloss.specs import all_losses
@@ -327,6 +327,158 @@ def without_linear(loss, tmp):
     body.n_feats = 16
     train(learner(loss, model=body))
 
+# ---- other trainers
+
+def small_model(loss, seed=0):
+    "Two layers and the head of a loss, for 8 inputs and 4 classes; with 12 samples"
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Linear(8, 6), nn.Tanh())
+    body.n_feats = 6
+    return with_head(body, loss, 4).train(), torch.randn(12, 8), torch.arange(12) % 4
+
+def steps_by_hand(loss, n=2):
+    model, x, y = small_model(loss)
+    opt = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(n):
+        opt.zero_grad()
+        loss(model(x), y).backward()
+        opt.step()
+    return model.state_dict()
+
+def check_same(loss, model):
+    "Two steps of another trainer are two steps by hand"
+    for k,v in steps_by_hand(loss).items(): assert torch.allclose(v, model.state_dict()[k], atol=1e-5), k
+
+@situation('Lightning')
+def lightning_trainer(loss, tmp):
+    L = pytest.importorskip('lightning')
+    class Classifier(L.LightningModule):
+        def __init__(self, model, loss):
+            super().__init__()
+            self.model,self.loss = model,loss
+        def training_step(self, batch, i): return self.loss(self.model(batch[0]), batch[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.05)
+    model, x, y = small_model(loss)
+    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=12)
+    trainer = L.Trainer(max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                        default_root_dir=tmp)
+    trainer.fit(Classifier(model, loss), dl)
+    check_same(loss, model)
+
+@situation('accelerate')
+def accelerate_loop(loss, tmp):
+    Accelerator = pytest.importorskip('accelerate').Accelerator
+    model, x, y = small_model(loss)
+    accelerator = Accelerator(cpu=True)
+    prepared, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.05))
+    for _ in range(2):
+        opt.zero_grad()
+        accelerator.backward(loss(prepared(x), y))
+        opt.step()
+    check_same(loss, accelerator.unwrap_model(prepared))
+
+class ByName(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x): return dict(logits=self.model(x))
+
+@situation('Trainer of transformers')
+def transformers_trainer(loss, tmp):
+    transformers = pytest.importorskip('transformers')
+    model, x, y = small_model(loss)
+    args = transformers.TrainingArguments(str(tmp), max_steps=2, learning_rate=0.05, optim='sgd', lr_scheduler_type='constant', max_grad_norm=0., save_strategy='no',
+                                          per_device_train_batch_size=12, use_cpu=True, report_to='none', disable_tqdm=True)
+    def as_inputs(rows): return dict(x=torch.stack([x for x,_ in rows]), labels=torch.stack([y for _,y in rows]))
+    def loss_of(out, y, num_items_in_batch=None): return loss(out['logits'], y)
+    trainer = transformers.Trainer(ByName(model), args, train_dataset=torch.utils.data.TensorDataset(x, y), data_collator=as_inputs, compute_loss_func=loss_of)
+    trainer.train()
+    check_same(loss, model)
+    assert trainer.predict(torch.utils.data.TensorDataset(x, y)).predictions.shape == (12,4)
+
+# ---- gradients of other kinds
+
+def gradients(loss, forward):
+    model, x, y = small_model(loss)
+    x.requires_grad_()
+    loss(forward(model, x), y).backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+def as_tuple(model, x):
+    "The reentrant form of checkpointing knows tuples only: the dict goes in and out as one"
+    from torch.utils.checkpoint import checkpoint
+    names = []
+    def values(x):
+        out = model(x)
+        names[:] = out
+        return tuple(out.values())
+    out = checkpoint(values, x, use_reentrant=True)
+    return dict(zip(names, out))
+
+@situation('activation checkpointing')
+def checkpointing(loss, tmp):
+    "Over the whole model, in both forms, with the gradients of a plain pass"
+    from torch.utils.checkpoint import checkpoint
+    plain = gradients(loss, lambda model, x: model(x))
+    for form in as_tuple, lambda model, x: checkpoint(model, x, use_reentrant=False):
+        for a,b in zip(plain, gradients(loss, form)):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+
+@situation('training loss in evaluation')
+def training_loss_in_evaluation(loss, tmp):
+    "The value of training, gradients by the input, nothing moves, and a step along the gradient (FGSM) raises the loss"
+    model, x, y = small_model(loss)
+    want = loss(copy.deepcopy(model)(x), y)
+    before = state(model.eval())
+    x.requires_grad_()
+    frozen = copy.deepcopy(loss).eval()
+    with training_head(model): value = frozen(model(x), y)
+    grad, = torch.autograd.grad(value, x)
+    assert torch.allclose(value, want, atol=1e-6) and not changed(before, model) and not any(m.training for m in model.modules())
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    with training_head(model), torch.no_grad(): worse = frozen(model(x + 1e-3*grad.sign()), y)
+    assert worse > value
+    assert model(x).shape == (12,4)
+
+@situation('vmap and hessian')
+def functional_gradients(loss, tmp):
+    "Gradients sample by sample by torch.func, where a loss is separable, and a symmetric hessian by the features of two samples"
+    loss = type(loss)(reduction='sum')
+    head = loss.head(6, 4).double().train()
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 6, generator=gen, dtype=torch.float64), torch.arange(5) % 4
+    def value(x, y): return loss(head(x), y)
+    if loss.separable:
+        each = torch.func.vmap(torch.func.grad(lambda x, y: value(x[None], y[None])))(x, y)
+        whole = torch.func.grad(lambda x: value(x, y))(x)
+        assert torch.allclose(each, whole, atol=1e-9)
+    h = torch.func.hessian(lambda x: value(x, y[:2]))(x[:2]).reshape(12, 12)
+    assert h.isfinite().all() and torch.allclose(h, h.T, atol=1e-6*(1+h.abs().max().item()))
+
+@situation('class weights')
+def class_weights(loss, tmp):
+    "Weights of one change nothing; others give the weighted mean, as in F.cross_entropy"
+    model, x, y = small_model(loss)
+    def value(**kwargs): return type(loss)(**kwargs)(copy.deepcopy(model)(x), y)
+    w = [1., 2., 0., 5.]
+    losses, by = value(reduction='none'), torch.tensor(w)[y]
+    assert torch.allclose(value(weight=[1.]*4), value())
+    assert torch.allclose(value(weight=w), (losses*by).sum()/by.sum())
+
+@situation('drawn hyper-parameters')
+def drawn_hypers(loss, tmp):
+    "One step with each of some allowed values: finite values and gradients"
+    for name,hyper in loss.hypers.items():
+        for v in hyper.examples()[-1:]:
+            try: drawn = type(loss)(**{name: v})
+            except ValueError as e:
+                assert name in str(e), e # Two hyper-parameters that exclude each other
+                continue
+            model, x, y = small_model(drawn)
+            out = drawn(model(x), y)
+            out.backward()
+            assert out.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), f'{name}={v}'
+
 # ---- compiled, exported, in other processes
 
 @situation('torch.compile')
@@ -335,7 +487,7 @@ def compiled(loss, tmp):
     plain, comp = (learner(loss, dls=dls) for _ in range(2))
     torch._dynamo.reset()
     comp.model.compile(backend='aot_eager')
-    comp.loss_func = torch.compile(loss, backend='aot_eager')
+    comp.loss_func = torch.compile(loss, backend='aot_eager', fullgraph=True)
     (x,y) = batch(dls)
     for learn in (plain, comp):
         learn.model.train()
@@ -346,8 +498,9 @@ def compiled(loss, tmp):
             opt.step()
     for (k,a),b in zip(plain.model.state_dict().items(), comp.model.state_dict().values()): assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), k
 
-def exported_program(loss):
-    learn = trained_learner(loss.name)
+@functools.cache
+def exported_program(name):
+    learn = trained_learner(name)
     x = batch(learn.dls)[0].cpu()
     model = copy.deepcopy(learn.model).cpu().eval()
     with torch.no_grad(): want = model(x)
@@ -356,14 +509,14 @@ def exported_program(loss):
 
 @situation('torch.export')
 def exported(loss, tmp):
-    model, program, x, want = exported_program(loss)
+    model, program, x, want = exported_program(loss.name)
     assert torch.allclose(program.module()(x), want, rtol=1e-4, atol=1e-5)
     assert torch.allclose(program.module()(x[:5]), want[:5], rtol=1e-4, atol=1e-5)
 
 @situation('ONNX')
 def onnx(loss, tmp):
     import onnxruntime
-    model, program, x, want = exported_program(loss)
+    model, program, x, want = exported_program(loss.name)
     torch.onnx.export(program, f=str(tmp/'model.onnx'), verbose=False)
     session = onnxruntime.InferenceSession(str(tmp/'model.onnx'), providers=['CPUExecutionProvider'])
     for o in x, x[:5]:

@@ -442,6 +442,7 @@ refused = {
     'torchvision inception_v3': 'second or auxiliary classifier.*aux_logits=False',
     'torchvision googlenet': 'second or auxiliary classifier.*aux_logits=False',
     'timm dla34': "no nn.Linear to replace.*'fc', Conv2d.*n_feats = 512",
+    'timm eva02_tiny_patch14_224': 'no classifier, so it is a body.*n_feats = model.num_features',
     'timm crossvit_tiny_240': 'cannot tell where the output.*layer=',
     **{f'timm {k}': "comes from 2 classifiers.*n_feats = model.num_features" for k in distilled},
     'transformers DeiT WithTeacher': 'cannot tell where the output.*layer='}
