@@ -13,7 +13,7 @@ from fastai.vision.all import (Callback, ClassificationInterpretation, CutMix, G
 
 import discloss
 from discloss.bodies import small_body
-from discloss.core import find_head, training_head, with_head
+from discloss.core import Other, find_head, training_head, with_head
 from discloss.data import ImageTensorLoaders, ImageTensors, image_dls
 from discloss.learner import TrainMetrics, disc_learner
 from discloss.specs import all_losses
@@ -381,7 +381,7 @@ class ByName(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-    def forward(self, x): return dict(logits=self.model(x))
+    def forward(self, x, labels=None): return dict(logits=self.model(x))
 
 @situation('Trainer of transformers')
 def transformers_trainer(loss, tmp):
@@ -394,7 +394,6 @@ def transformers_trainer(loss, tmp):
     trainer = transformers.Trainer(ByName(model), args, train_dataset=torch.utils.data.TensorDataset(x, y), data_collator=as_inputs, compute_loss_func=loss_of)
     trainer.train()
     check_same(loss, model)
-    assert trainer.predict(torch.utils.data.TensorDataset(x, y)).predictions.shape == (12,4)
 
 # ---- gradients of other kinds
 
@@ -469,15 +468,16 @@ def class_weights(loss, tmp):
 def drawn_hypers(loss, tmp):
     "One step with each of some allowed values: finite values and gradients"
     for name,hyper in loss.hypers.items():
-        for v in hyper.examples()[-1:]:
-            try: drawn = type(loss)(**{name: v})
-            except ValueError as e:
-                assert name in str(e), e # Two hyper-parameters that exclude each other
-                continue
-            model, x, y = small_model(drawn)
-            out = drawn(model(x), y)
-            out.backward()
-            assert out.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), f'{name}={v}'
+        if name not in loss.hparams or isinstance(hyper, Other): continue
+        value = hyper.examples()[-1]
+        try: drawn = type(loss)(**{name: value})
+        except ValueError as e:
+            assert name in str(e), e # Two hyper-parameters that exclude each other
+            continue
+        model, x, y = small_model(drawn)
+        out = drawn(model(x), y)
+        out.backward()
+        assert out.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), f'{name}={value}'
 
 # ---- compiled, exported, in other processes
 

@@ -6,9 +6,9 @@ import torch
 
 from discloss.specs import all_losses
 
-def features(head, c, d):
+def features(head, c, d, seed):
     "Name -> (features, labels), in float32: what the head and the loss get, and what float64 gets is the same numbers"
-    gen = torch.Generator().manual_seed(1)
+    gen = torch.Generator().manual_seed(seed+1)
     def randn(*size): return torch.randn(*size, generator=gen)
     y = torch.arange(24) % c
     means = randn(c, d)
@@ -21,8 +21,15 @@ def features(head, c, d):
 
 # Stated bounds of the error of losses, and of their gradient by the features, in float32: measured errors are mostly 1e-7, and at most a fifth of these
 bounds = {'ordinary': (1e-5, 1e-5), 'collapsed, far away': (1e-5, 1e-3), 'cosines at 1': (1e-4, 1e-3), 'cosines at -1': (1e-4, 1e-3), 'logits of 1e4': (1e-5, 1e-5), '100,000 classes': (1e-4, 1e-4)}
-# The slope of ArcFace's margin is one over the sine of the angle, and where the cosine is 1 to six digits, float32 knows little of its sine
-wider = {('arcface', 'cosines at 1'): (1e-4, 0.1)}
+# Where a probability is 1 to five digits, float32 knows two or three digits of its distance from 1, which is the slope of a softmax of cosines
+wider = {('gsoftmax', 'cosines at 1'): (1e-4, 2e-2)}
+
+def margin_bound(head, x, y):
+    "The slope of ArcFace's margin is one over the sine of the angle. float32 knows a cosine near 1 to its epsilon, so it knows a sine to epsilon over the sine's square"
+    w = next(t.detach() for t in head.parameters() if t.ndim == 2).double()
+    cos = torch.cosine_similarity(x.double(), w[y])
+    return min(1., max(1e-3, 16*torch.finfo(torch.float32).eps/(1 - cos.square()).min().item()))
+
 # And of a loss whose logits and other inputs are rounded to bfloat16, against float64 on the same rounded numbers: it computes in float32, so only its gradient is rounded once more
 bounds_bf16 = 1e-4, 1e-2
 
@@ -47,36 +54,46 @@ def loss_alone(loss, out, y, dtype):
     grads = torch.autograd.grad(losses.mean(), rows, allow_unused=True)
     return losses.detach(), torch.cat([g.flatten().double() for g in grads if g is not None])
 
-def measure(name, case, c=8, d=16):
+def measure(name, case, c=8, d=16, seed=0):
     "Errors of losses and gradient in both dtypes. The unit of losses is at least 1, and that of the gradient by logits 1e-4: float32 cannot know how near to 1 a probability is"
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     loss = all_losses()[name](reduction='none')
     head = loss.head(d, c).train()
-    x, y = features(head, c, d)[case]
+    x, y = features(head, c, d, seed)[case]
     out = head(x)
     res = {}
     for dtype,f,args,unit in (('float32', whole_way, (head, x, y), 0.), ('bfloat16', loss_alone, (out, y), 1e-4)):
         (v,g),(v64,g64) = (f(loss, *args, t) for t in (getattr(torch, dtype), torch.float64))
         res[dtype] = relative(v, v64, unit=1.), relative(g, g64, unit)
-    return res
+    limits = dict(float32=wider.get((name, case), bounds['100,000 classes' if c == 100_000 else case]), bfloat16=bounds_bf16)
+    if (name, case) == ('arcface', 'cosines at 1'): limits['float32'] = limits['float32'][0], margin_bound(head, x, y)
+    return res, limits
 
-def check(name, case, errors, record_property):
-    limits = dict(float32=wider.get((name, case), bounds[case]), bfloat16=bounds_bf16)
-    record_property('errors', {name: {case: {**errors, 'bounds': limits}}})
+def check(name, case, seeds, record_property, **sizes):
+    "All errors are below their bounds; those nearest to them are recorded"
+    def nearness(o): return max(e/b for dtype in o[0] for e,b in zip(o[0][dtype], o[1][dtype]))
+    worst = max((measure(name, case, seed=seed, **sizes) for seed in seeds), key=nearness)
+    errors, limits = worst
+    label = '100,000 classes' if sizes else case
+    record_property('errors', {name: {label: {**errors, 'bounds': limits}}})
     for dtype,limit in limits.items():
         assert all(e <= b for e,b in zip(errors[dtype], limit)), f'{dtype}: errors of value and gradient {errors[dtype]}, bounds {limit}'
 
-@pytest.mark.parametrize('case', [k for k in bounds if k != '100,000 classes'])
+cases = [k for k in bounds if k != '100,000 classes']
+
+@pytest.mark.parametrize('case', cases)
 @pytest.mark.parametrize('name', all_losses())
-def test_hard_inputs(name, case, record_property):
-    check(name, case, measure(name, case), record_property)
+def test_hard_inputs(name, case, record_property): check(name, case, range(3), record_property)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', cases)
+@pytest.mark.parametrize('name', all_losses())
+def test_hard_inputs_often(name, case, record_property): check(name, case, range(48), record_property)
 
 @pytest.mark.parametrize('name', all_losses())
 def test_many_classes(name, record_property):
     "100,000 classes; fixed centroids need nearly as many features, and say so at once"
-    try: errors = measure(name, 'ordinary', c=100_000, d=16)
+    try: check(name, 'ordinary', [0], record_property, c=100_000, d=16)
     except ValueError as e:
         assert '100000 points' in str(e) and '16 dimensions' in str(e)
         record_property('errors', {name: {'100,000 classes': str(e)}})
-        return
-    check(name, '100,000 classes', errors, record_property)
