@@ -3,15 +3,16 @@
 # %% auto #0
 __all__ = ['center_hypers', 'squared_center_distance', 'check_centers', 'center_loss', 'update_centers', 'CenterLoss']
 
-# %% ../../nbs/losses/10_center.ipynb #8cb7a789
+# %% ../../nbs/losses/10_center.ipynb #ec8c8215
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision, gather_samples, reduce_losses
+from ..core import Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision
+from ..core import gather_samples, reduce_losses
 from ..heads import CenterHead, linear_cross_entropy
 
-# %% ../../nbs/losses/10_center.ipynb #2f160091
+# %% ../../nbs/losses/10_center.ipynb #89571a31
 center_hypers = dict(
     lam=Number(0, search=(1e-4, 0.1), log=True),
     alpha=Number(0, 1, search=(0.05, 1.)),
@@ -24,9 +25,10 @@ def squared_center_distance(
     targ:Tensor, # Class indices, shape (batch,)
     centers:Tensor, # Class centers, shape (classes, d)
 ) -> Tensor: # Shape (batch,)
-    "Squared distance of each feature to the center of its class; raises TypeError or ValueError on bad input"
+    "Squared distance of each feature to the center of its class"
     check_centers(feats, targ, centers)
-    # $\lVert x_i - c_{y_i}\rVert^2$, as exact differences: the expanded form loses all digits where classes collapse
+    # $\lVert x_i - c_{y_i}\rVert^2$, as exact differences: the expanded form loses all digits where
+    # classes collapse
     own = centers.index_select(0, targ.long()).to(feats.dtype)
     return F.mse_loss(feats, own, reduction='none').sum(1)
 
@@ -38,7 +40,8 @@ def check_centers(
     "Raise TypeError or ValueError if these do not belong together"
     check_inputs(targ, n_out=len(centers), feats=feats)
     if centers.shape[1:] == feats.shape[1:]: return
-    raise ValueError(f"centers must have shape (classes, {feats.shape[1]}) like the features, got {tuple(centers.shape)}")
+    raise ValueError(f"centers must have shape (classes, {feats.shape[1]}) like the features, got "
+                     f"{tuple(centers.shape)}")
 
 def center_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -67,21 +70,22 @@ def update_centers(
     step = centers.index_select(0, y).to(dtype).sub_(x).mul_((alpha/(1+n[y]))[:,None])
     centers.index_add_(0, y, step.to(centers.dtype), alpha=-1)
 
-# %% ../../nbs/losses/10_center.ipynb #56f26d61
+# %% ../../nbs/losses/10_center.ipynb #db35e316
 class CenterLoss(DiscLoss):
     "Cross-entropy plus lam times center loss; the class centers live in the CenterHead"
     hypers = center_hypers
     def __init__(self,
-        lam:float=0.003, # Weight of the center term next to cross-entropy, at least 0; 0.003 in the paper
+        lam:float=0.003, # Weight of the center term, at least 0; 0.003 in the paper
         alpha:float=0.5, # How far centers move with each batch, in [0, 1]; 0.5 in the paper
-        learned:bool=False, # Are centers parameters, moved by the optimizer, instead of by the paper's rule?
+        learned:bool=False, # Does the optimizer move the centers, instead of the paper's rule?
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
         self.set_hparams(lam=lam, alpha=alpha, learned=learned)
 
-    def center_term(self, feats, targ, centers): return center_loss(feats, targ, centers, reduction='none')
+    def center_term(self, feats, targ, centers):
+        return center_loss(feats, targ, centers, reduction='none')
 
     def head(self, n_in, n_out): return CenterHead(n_in, n_out, learned=self.learned)
     def loss(self, feats, centers, targ, logits=None, weight=None, bias=None):

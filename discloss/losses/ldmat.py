@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['ldmat_hypers', 'ldmat_loss', 'NearestMeanHead', 'update_means', 'LDMATLoss']
 
-# %% ../../nbs/losses/30_ldmat.ipynb #a86f45df
+# %% ../../nbs/losses/30_ldmat.ipynb #6e6bb333
 import torch
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, gather_samples,
-    reduce_losses)
+from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
+from ..core import full_precision, gather_samples, reduce_losses
 from ..heads import distances, squared_distances
 
-# %% ../../nbs/losses/30_ldmat.ipynb #b103fcaa
+# %% ../../nbs/losses/30_ldmat.ipynb #4c7ebfea
 ldmat_hypers = dict(
     delta=Number(0, above=True, search=(0.5, 10.), log=True),
     slack=Number(0, 1, below=True, search=(0., 0.5)),
@@ -25,13 +25,13 @@ ldmat_hypers = dict(
 def ldmat_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
-    delta:float=2**.5, # Distance between classes, positive; the distance of one-hot labels. Our choice
-    slack:float=0., # Distance within classes, as a share of delta, in [0, 1). Our form of the paper's regularisation
+    delta:float=2**.5, # Distance between classes, positive; that of one-hot labels. Our choice
+    slack:float=0., # Distance within classes, a share of delta in [0, 1). Our choice
     reduction:str='mean', # 'mean', 'sum' or 'none', each sample's share
     squared:bool=False, # Compare squared distances? The source does not say
-    balance:bool=False, # The same weight for pairs of one class, together, and pairs of two? Our choice
+    balance:bool=False, # Do pairs of one class count as much as pairs of two? Our choice
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Mean squared difference of the distance matrix of features and that of labels, over pairs; 0 for a single sample"
+    "Mean squared difference of the distance matrices of features and labels; 0 for one sample"
     check_inputs(targ, feats=feats)
     check_hparams(ldmat_hypers, delta=delta, slack=slack, squared=squared, balance=balance)
     # The samples of all processes, these first
@@ -57,26 +57,28 @@ def _balance(same, all_targ, dtype):
     kinds = ((n_same > 0).to(dtype) + (n_differ > 0)).clamp_min(1)
     return (n*n-n)/(kinds*torch.where(same, n_same, n_differ).clamp_min(1))
 
-# %% ../../nbs/losses/30_ldmat.ipynb #fafd616f
+# %% ../../nbs/losses/30_ldmat.ipynb #1b98fdbd
 class NearestMeanHead(Head):
     "Nearest running class mean, without any parameter; in training logits, feats, means and counts"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
-        scale:float=10., # Logits are minus scale times the squared distance in units of delta; positive
+        scale:float=10., # Of the logits, which are minus scale times (distance/delta)²; positive
         delta:float=2**.5, # Distance between classes, positive
     ):
         super().__init__(n_in, n_out)
         check_hparams(ldmat_hypers, scale=scale, delta=delta)
         self.scale,self.delta = scale,delta
         self.register_buffer('means', torch.zeros(n_out, n_in))
-        self.register_buffer('counts', torch.zeros(n_out, dtype=torch.long)) # Batches in which a class occurred
+        # Batches in which a class occurred
+        self.register_buffer('counts', torch.zeros(n_out, dtype=torch.long))
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
     ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Logits, and in training the features, the class means and how often each was updated"
-        # In training without gradient, since the loss does not depend on the logits and moves the means
+        # In training without gradient, since the loss does not depend on the logits and moves the
+        # means
         x = feats.detach() if self.training else feats
         # $-s\,\lVert x-\mu_j\rVert^2/\delta^2$
         logits = squared_distances(x, self.means, exact=False) * (-self.scale/self.delta**2)
@@ -107,25 +109,27 @@ def update_means(
     step = means.index_select(0, y).to(dtype).sub_(x).mul_(share[y][:,None])
     means.index_add_(0, y, step.to(means.dtype), alpha=-1)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #990dc994
+# %% ../../nbs/losses/30_ldmat.ipynb #de368c35
 class LDMATLoss(DiscLoss):
     "LDMAT on the features, without softmax; the running class means live in the NearestMeanHead"
     separable,pairs = False,True
     hypers = ldmat_hypers
     def __init__(self,
-        delta:float=2**.5, # Distance between classes, positive; the distance of one-hot labels. Our choice
-        slack:float=0., # Distance within classes, as a share of delta, in [0, 1). Our form of the paper's regularisation
+        delta:float=2**.5, # Distance between classes, positive; that of one-hot labels. Our choice
+        slack:float=0., # Distance within classes, a share of delta in [0, 1). Our choice
         squared:bool=False, # Compare squared distances? The source does not say
-        balance:bool=False, # The same weight for pairs of one class, together, and pairs of two? Our choice
-        scale:float=10., # Of the head's logits, positive; training does not depend on it. Our choice
+        balance:bool=False, # Do pairs of one class count as much as pairs of two? Our choice
+        scale:float=10., # Of the head's logits, positive; not of training. Our choice
         momentum:float=0.1, # Of the head's running class means, in (0, 1]. Our choice
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
-        self.set_hparams(delta=delta, slack=slack, squared=squared, balance=balance, scale=scale, momentum=momentum)
+        self.set_hparams(delta=delta, slack=slack, squared=squared, balance=balance, scale=scale,
+                         momentum=momentum)
 
     def head(self, n_in, n_out): return NearestMeanHead(n_in, n_out, self.scale, self.delta)
     def loss(self, feats, targ):
         return ldmat_loss(feats, targ, self.delta, self.slack, 'none', self.squared, self.balance)
-    def track(self, feats, means, counts, targ): update_means(means, counts, feats, targ, self.momentum)
+    def track(self, feats, means, counts, targ):
+        update_means(means, counts, feats, targ, self.momentum)

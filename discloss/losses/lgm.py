@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['covariances', 'lgm_hypers', 'gaussian_logits', 'lgm_loss', 'log_likelihood', 'LGMHead', 'LGMLoss']
 
-# %% ../../nbs/losses/42_lgm.ipynb #c2421671
+# %% ../../nbs/losses/42_lgm.ipynb #8d2b1998
 import math
 
 import torch
@@ -11,18 +11,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Head, Number, Other, check_hparams, check_inputs, full_precision,
-    many_classes, reduce_losses)
-from ..heads import by_hand, cross_entropy_of, differentiable_grads, own_and_others, square_norm
+from ..core import Choice, DiscLoss, Head, Number, Other, check_hparams, check_inputs
+from ..core import full_precision, many_classes, reduce_losses
+from ..heads import by_hand, cross_entropy_of, differentiable_grads, own_and_others
+from ..heads import square_norm
 
-# %% ../../nbs/losses/42_lgm.ipynb #53ac5f31
+# %% ../../nbs/losses/42_lgm.ipynb #75832861
 def _check_shapes(feats, means, log_var):
     "Raise ValueError if means or variances do not fit the features"
     K, D = len(means), feats.shape[1]
     if means.shape != (K, D):
-        raise ValueError(f"means must have shape (classes, {D}) like the features, got {tuple(means.shape)}")
+        raise ValueError(f"means must have shape (classes, {D}) like the features, got "
+                         f"{tuple(means.shape)}")
     if log_var is not None and log_var.shape not in ((K, 1), (K, D)):
-        raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, got {tuple(log_var.shape)}")
+        raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, got "
+                         f"{tuple(log_var.shape)}")
 
 def _unit_gaussians(x, m, prior):
     # $x^\top\mu_k - \frac12\lVert\mu_k\rVert^2 + \log p(k) - \frac12\lVert x\rVert^2$
@@ -49,10 +52,10 @@ class _UnitGaussians(torch.autograd.Function):
 def gaussian_logits(
     feats:Tensor, # Shape (batch, d), floating point
     means:Tensor, # Class means, shape (classes, d)
-    log_var:Tensor|None=None, # Logarithms of variances, shape (classes, 1) or (classes, d); None: all variances are 1
-    log_prior:Tensor|None=None, # Logarithms of class priors, shape (classes,); None: left out, a uniform prior up to a constant
+    log_var:Tensor|None=None, # Log variances, shape (classes, 1) or (classes, d); None: all are 1
+    log_prior:Tensor|None=None, # Log class priors, shape (classes,); None: left out
 ) -> Tensor: # Shape (batch, classes)
-    "Log of prior times Gaussian density for each class, up to (d/2) log(2 pi); softmax of it is the Bayes posterior"
+    "Log of prior times Gaussian density, up to a constant; its softmax is the posterior"
     _check_shapes(feats, means, log_var)
     return _score(feats, means.detach().mean(0), *_tables(means, log_var, log_prior))
 
@@ -65,7 +68,8 @@ def _score(feats, shift, means, prior, log_var=None):
     "The logits of these classes"
     # Distances do not change when all moves to the mean of the means, and rounding errors do
     x, m, prior = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype), prior.to(feats.dtype)
-    if log_var is None: return _UnitGaussians.apply(x, m, prior) if by_hand() else _unit_gaussians(x, m, prior)
+    if log_var is None:
+        return _UnitGaussians.apply(x, m, prior) if by_hand() else _unit_gaussians(x, m, prior)
     log_var = log_var.to(feats.dtype)
     inv = torch.exp(-log_var)
     x2 = square_norm(x)[:,None] if log_var.shape[1] == 1 else x.square()
@@ -80,7 +84,8 @@ def _check_prior(name, prior):
     if prior is None: return
     p = torch.as_tensor(prior, dtype=torch.float64)
     if p.ndim == 1 and (p > 0).all() and (p.sum()-1).abs() < 1e-3: return
-    raise ValueError(f"{name} must be a positive number for each class, with the sum 1, or None, got {prior}")
+    raise ValueError(f"{name} must be a positive number for each class, with the sum 1, or None, "
+                     f"got {prior}")
 
 lgm_hypers = dict(
     alpha=Number(0, search=(0.01, 1.), log=True),
@@ -95,34 +100,39 @@ def lgm_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     means:Tensor, # Class means, shape (classes, d)
-    log_var:Tensor|None=None, # Logarithms of variances, shape (classes, 1) or (classes, d); None: all variances are 1
-    log_prior:Tensor|None=None, # Logarithms of class priors, shape (classes,); None: uniform
+    log_var:Tensor|None=None, # Log variances, shape (classes, 1) or (classes, d); None: all are 1
+    log_prior:Tensor|None=None, # Log class priors, shape (classes,); None: uniform
     alpha:float|Tensor=0.3, # Margin, at least 0; 0.3 in the authors' code for CIFAR, 1 for MNIST
-    lam:float|Tensor=0.1, # Weight of the likelihood term, at least 0; 0.1 in the authors' code for CIFAR
+    lam:float|Tensor=0.1, # Weight of the likelihood, at least 0; 0.1 in the authors' code for CIFAR
     reduction:str='mean', # 'mean', 'sum' or 'none'
-    logits:Tensor|None=None, # What gaussian_logits gives for all this, if already known; None: made in chunks of classes
+    logits:Tensor|None=None, # What gaussian_logits gives, if known; None: made in chunks
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Cross-entropy of the Gaussian mixture's posterior with margin, plus lam times the negative log-likelihood"
+    "Cross-entropy of the posterior with margin, plus lam times the negative log-likelihood"
     check_inputs(targ, n_out=len(means), feats=feats)
     _check_shapes(feats, means, log_var)
     check_hparams(lgm_hypers, alpha=alpha, lam=lam)
     targ = targ.long()
     # $\ell_{z_i}$
-    if logits is None: own, others = own_and_others(_score, targ, (feats, means.detach().mean(0)), _tables(means, log_var, log_prior))
+    if logits is None:
+        own, others = own_and_others(_score, targ, (feats, means.detach().mean(0)),
+                                     _tables(means, log_var, log_prior))
     else: own = logits.gather(1, targ[:,None])[:,0]
-    # $d_{z_i}$, exact as a value; its derivatives are those of $-\ell_{z_i}-\frac12\log|\Lambda_{z_i}|$
+    # $d_{z_i}$, exact as a value; its derivatives are those of
+    # $-\ell_{z_i}-\frac12\log|\Lambda_{z_i}|$
     d, volume = _own_distance(feats.detach(), targ, means.detach(), log_var)
     rounded = -own - volume
     d = d + (rounded - rounded.detach())
     # $\ell_{z_i}-\alpha d_{z_i}$
     less = (-alpha*d).to(own.dtype)
     if logits is None: posterior = cross_entropy_of(own+less, others)
-    else: posterior = F.cross_entropy(logits.scatter_add(1, targ[:,None], less[:,None]), targ, reduction='none')
+    else:
+        posterior = F.cross_entropy(logits.scatter_add(1, targ[:,None], less[:,None]), targ,
+                                    reduction='none')
     # $L_{cls}+\lambda\,(d_{z_i}+\frac12\log|\Lambda_{z_i}|)$
     return reduce_losses(posterior + lam*(d+volume), reduction)
 
 def _own_distance(feats, targ, means, log_var):
-    "Half the squared Mahalanobis distance to the own mean, as exact differences, and half the log determinant"
+    "Half the squared distance to the own mean, exactly, and half the log determinant"
     square = F.mse_loss(feats, means.index_select(0, targ).to(feats.dtype), reduction='none')
     # $\frac12\sum_j(x_{ij}-\mu_{z_ij})^2$
     if log_var is None: return square.sum(1)/2, feats.new_zeros(len(feats))
@@ -132,35 +142,38 @@ def _own_distance(feats, targ, means, log_var):
 
 @full_precision
 def log_likelihood(
-    logits:Tensor, # What a model with an `LGMHead` gives in evaluation, or `gaussian_logits` with normalised priors: shape (batch, classes)
+    logits:Tensor, # Of an LGMHead in evaluation, shape (batch, classes)
     n_feats:int, # Number of features, d
 ) -> Tensor: # Shape (batch,)
-    "Log-likelihood of features under the whole Gaussian mixture; low for images unlike those of the training"
+    "Log-likelihood of features under the mixture; low for images unlike all of the training"
     # $\log\sum_k p(k)\,\mathcal N(x;\mu_k,\Lambda_k)=\log\sum_ke^{\ell_k}-\frac D2\log2\pi$
     return logits.logsumexp(1) - n_feats*math.log(2*math.pi)/2
 
-# %% ../../nbs/losses/42_lgm.ipynb #761e42db
+# %% ../../nbs/losses/42_lgm.ipynb #4919518e
 class LGMHead(Head):
     "A Gaussian for each class; logits are those of the Bayes posterior; in training a dict"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
-        covariance:str='identity', # Variances: all 1, one learned for each class ('isotropic'), or for each class and feature ('diagonal')
-        min_var:float=0.05, # Learned variances stay above this; in [0, 1). Our choice; the authors' layer has a floor of 0.0001
-        prior:list|None=None, # Class probabilities, n_out positive numbers that sum to 1; None: uniform
-        chunked:bool|None=None, # In training, leave the logits to the loss, which makes them in chunks? None: above many_classes
+        covariance:str='identity', # Variances: all 1, one a class, or one a class and feature
+        min_var:float=0.05, # Learned variances stay above this; in [0, 1). Our choice
+        prior:list|None=None, # Class probabilities, n_out numbers that sum to 1; None: uniform
+        chunked:bool|None=None, # Leave the logits to the loss? None: above many_classes
     ):
         super().__init__(n_in, n_out)
         check_hparams(lgm_hypers, covariance=covariance, min_var=min_var, prior=prior)
-        p = torch.full((n_out,), 1/n_out) if prior is None else torch.as_tensor(prior, dtype=torch.float32)
-        if len(p) != n_out: raise ValueError(f"prior must have {n_out} numbers, one for each class, got {len(p)}")
+        uniform = torch.full((n_out,), 1/n_out)
+        p = uniform if prior is None else torch.as_tensor(prior, dtype=torch.float32)
+        if len(p) != n_out:
+            raise ValueError(f"prior must have {n_out} numbers, one for each class, got {len(p)}")
         self.covariance,self.min_var = covariance,min_var
         self.chunked = n_out > many_classes if chunked is None else chunked
         self.means = nn.Parameter(nn.init.kaiming_normal_(torch.empty(n_out, n_in)))
         if covariance != 'identity':
             self.rho = nn.Parameter(torch.zeros(n_out, 1 if covariance == 'isotropic' else n_in))
         self.register_buffer('log_prior', p.log())
-        self.register_buffer('ramp', torch.ones(2), persistent=False) # Shares of alpha and lam that count now
+        # Shares of alpha and lam that count now
+        self.register_buffer('ramp', torch.ones(2), persistent=False)
 
     @property
     def log_var(self) -> Tensor|None: # Shape (n_out, 1) or (n_out, n_in); None for 'identity'
@@ -175,28 +188,33 @@ class LGMHead(Head):
         "Logits of the Bayes posterior, and in training what the loss needs"
         log_var, prior = self.log_var, self.log_prior.detach()
         if not self.training: return gaussian_logits(feats, self.means, log_var, prior)
-        out = dict(feats=feats, means=self.means.view_as(self.means), ramp=self.ramp.detach(), log_prior=prior)
+        out = dict(feats=feats, means=self.means.view_as(self.means), ramp=self.ramp.detach(),
+                   log_prior=prior)
         if log_var is not None: out['log_var'] = log_var
-        return out if self.chunked else dict(out, logits=gaussian_logits(feats, self.means, log_var, prior))
+        if self.chunked: return out
+        return dict(out, logits=gaussian_logits(feats, self.means, log_var, prior))
 
-    def extra_repr(self): return f'n_in={self.n_in}, n_out={self.n_out}, covariance={self.covariance!r}'
+    def extra_repr(self):
+        return f'n_in={self.n_in}, n_out={self.n_out}, covariance={self.covariance!r}'
 
 class LGMLoss(DiscLoss):
     "Large-margin Gaussian mixture loss; means and variances live in the LGMHead"
     hypers = lgm_hypers
     def __init__(self,
         alpha:float=0.3, # Margin, at least 0; 0.3 in the authors' code for CIFAR, 1 for MNIST
-        lam:float=0.1, # Weight of the likelihood term, at least 0; 0.1 in the authors' code for CIFAR
-        covariance:str='identity', # 'identity' (as in the authors' code for CIFAR), 'isotropic' or 'diagonal'
+        lam:float=0.1, # Weight of the likelihood, at least 0; 0.1 in the authors' code for CIFAR
+        covariance:str='identity', # 'identity' (the authors' for CIFAR), 'isotropic' or 'diagonal'
         min_var:float=0.05, # Learned variances stay above this; in [0, 1). Our choice
         prior:list|None=None, # Class probabilities; None: uniform, as in the authors' code
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
         self.set_hparams(alpha=alpha, lam=lam, covariance=covariance, min_var=min_var, prior=prior)
 
-    def head(self, n_in, n_out): return LGMHead(n_in, n_out, self.covariance, self.min_var, self.prior)
+    def head(self, n_in, n_out):
+        return LGMHead(n_in, n_out, self.covariance, self.min_var, self.prior)
     def loss(self, feats, means, ramp, targ, logits=None, log_var=None, log_prior=None):
         alpha, lam = self.alpha*ramp[0].to(feats.dtype), self.lam*ramp[1].to(feats.dtype)
-        return lgm_loss(feats, targ, means, log_var, log_prior, alpha, lam, reduction='none', logits=logits)
+        return lgm_loss(feats, targ, means, log_var, log_prior, alpha, lam, reduction='none',
+                        logits=logits)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['pedcc_hypers', 'simplex', 'check_centroids', 'from_centroid', 'pedcc_loss', 'PEDCCHead', 'PEDCCLoss']
 
-# %% ../../nbs/losses/40_pedcc.ipynb #b8b70bc8
+# %% ../../nbs/losses/40_pedcc.ipynb #dc06f977
 import math
 
 import torch
@@ -11,27 +11,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, gather_samples,
-    reduce_losses)
+from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
+from ..core import full_precision, gather_samples, reduce_losses
 from ..heads import cosine, unit
 
-# %% ../../nbs/losses/40_pedcc.ipynb #c12b8871
+# %% ../../nbs/losses/40_pedcc.ipynb #d5ea8cf7
 def simplex(
     n_points:int, # Number of points, at least 2
     dim:int, # Number of dimensions; at least n_points-1, unless `spread`
-    generator:torch.Generator|None=None, # CPU generator for the direction; None: always the same direction
-    spread:bool=False, # With fewer than n_points-1 dimensions: the best spread that is found, instead of a `ValueError`
+    generator:torch.Generator|None=None, # On the CPU, for the direction; None: always the same
+    spread:bool=False, # With too few dimensions, the best spread that is found instead of an error?
 ) -> Tensor: # Shape (n_points, dim), float64, on the CPU, rows of norm 1
-    "Unit vectors with equal cosines -1/(n_points-1): the corners of a regular simplex around the origin, in a random direction"
+    "Corners of a regular simplex around the origin: unit vectors with equal cosines"
     if n_points < 2 or dim < 1:
-        raise ValueError(f"a simplex needs at least 2 points and 1 dimension, got {n_points} points and {dim} dimensions")
+        raise ValueError(f"a simplex needs at least 2 points and 1 dimension, got {n_points} "
+                         f"points and {dim} dimensions")
     if generator is None: generator = torch.Generator().manual_seed(0)
     k = n_points-1
     if dim < k and spread and dim > 1: return _spread(n_points, dim, generator)
     if dim < k: raise ValueError(_too_few(n_points, dim))
     # $H$: rows $(1,\dots,1,-i,0,\dots,0)/\sqrt{i(i+1)}$
     i = torch.arange(1, n_points, dtype=torch.float64)
-    h = torch.ones(k, n_points, dtype=torch.float64).tril().diagonal_scatter(-i, offset=1) / (i*(i+1)).sqrt()[:,None]
+    ones = torch.ones(k, n_points, dtype=torch.float64)
+    h = ones.tril().diagonal_scatter(-i, offset=1) / (i*(i+1)).sqrt()[:,None]
     # $V$: orthonormal columns, uniform over all directions once the signs are fixed
     v, r = torch.linalg.qr(torch.randn(dim, k, generator=generator, dtype=torch.float64))
     # $\sqrt{K/(K-1)}\;H^\top V^\top$
@@ -41,11 +43,12 @@ def _too_few(n, dim):
     "What to do when there are too few dimensions for a simplex, in words"
     k, dimensions = n-1, 'dimension' if dim == 1 else 'dimensions'
     spread = ", or spread=True for the best spread that can be found" if dim > 1 else ""
-    return (f"{n} points cannot be equally far apart in {dim} {dimensions}, that takes {k}: use at least {k} features "
+    return (f"{n} points cannot be equally far apart in {dim} {dimensions}, that takes {k}: use "
+            f"at least {k} features "
             f"(a body with n_feats={k}, or embed={k} for the head){spread}")
 
 def _spread(n, dim, gen):
-    "Unit vectors whose largest cosine is small: a polygon in the plane, else the best of eight searches"
+    "Unit vectors far apart: a polygon in the plane, else the best of eight searches"
     if dim == 2:
         turn = torch.rand(1, generator=gen, dtype=torch.float64)
         angle = 2*math.pi*(torch.arange(n, dtype=torch.float64)/n + turn)
@@ -58,7 +61,7 @@ def _spread(n, dim, gen):
         x = F.normalize(x - (w+w.mT)@x/(2*t), dim=2)
     return x[(x@x.mT - eye).amax((1,2)).argmin()]
 
-# %% ../../nbs/losses/40_pedcc.ipynb #e4080546
+# %% ../../nbs/losses/40_pedcc.ipynb #29f76d82
 pedcc_hypers = dict(
     scale=Number(0, above=True, search=(1., 30.), log=True),
     margin=Number(0, search=(0., 0.6)),
@@ -76,7 +79,8 @@ def check_centroids(
     "Raise `TypeError` or `ValueError`, in words, if these do not belong together"
     check_inputs(targ, n_out=len(centroids), feats=feats)
     if centroids.shape[1:] == feats.shape[1:]: return
-    raise ValueError(f"centroids must have shape (classes, {feats.shape[1]}) like the features, got {tuple(centroids.shape)}")
+    raise ValueError(f"centroids must have shape (classes, {feats.shape[1]}) like the features, "
+                     f"got {tuple(centroids.shape)}")
 
 @full_precision
 def from_centroid(
@@ -84,7 +88,7 @@ def from_centroid(
     targ:Tensor, # Class indices, shape (batch,)
     centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
 ) -> Tensor: # Shape (batch, d)
-    "The direction of each feature minus the centroid of its class; raises TypeError or ValueError on bad input"
+    "The direction of each feature minus the centroid of its class"
     check_centroids(feats, targ, centroids)
     return unit(feats) - centroids.index_select(0, targ.long()).to(feats.dtype)
 
@@ -92,27 +96,29 @@ def from_centroid(
 def pedcc_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
-    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1, for example from simplex
-    scale:float=7.5, # Inverse temperature s of the AM part, positive; 7.5 in the authors' CIFAR-100 settings
-    margin:float=0.35, # By which the cosine to the own centroid must win, at least 0; 0.35 there
+    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1, as of simplex
+    scale:float=7.5, # Of the AM part, positive; 7.5 in the authors' CIFAR-100 settings
+    margin:float=0.35, # By which the own cosine must win, at least 0; 0.35 there
     lam:float=1., # Weight of the squared error, at least 0; 1 in the code
     root:float=1., # n of the n-th root of the squared error, at least 1; 1 in the code
     reduction:str='mean', # 'mean', 'sum' or 'none'
-    logits:Tensor|None=None, # scale times the cosine of each feature with each centroid, if already known
+    logits:Tensor|None=None, # scale times the cosine with each centroid, if already known
 ) -> Tensor: # A scalar, or shape (batch,)
     "AM-softmax on fixed centroids, plus the squared distance of each direction to its centroid"
     check_hparams(pedcc_hypers, scale=scale, margin=margin, lam=lam, root=root)
     # $\lVert\hat x_i-a_{y_i}\rVert^2$, as exact differences
     mse = from_centroid(feats, targ, centroids).square().sum(1)
-    # $\sqrt[n]{L_{MSE}}$ of the batch, in all processes; the tiny number keeps the gradient finite at zero
+    # $\sqrt[n]{L_{MSE}}$ of the batch, in all processes; the tiny number keeps the gradient finite
+    # at zero
     if root != 1: mse = (gather_samples(mse)[0].mean() + 1e-12)**(1/root)
     if logits is None: logits = scale*cosine(feats, centroids.to(feats.dtype))
     # $s(\cos\theta_{ik}-m[k=y_i])$
     own = targ.long()[:,None]
     with_margin = logits.scatter_add(1, own, logits.new_full(own.shape, -scale*margin))
-    return reduce_losses(F.cross_entropy(with_margin, own[:,0], reduction='none') + lam*mse, reduction)
+    return reduce_losses(F.cross_entropy(with_margin, own[:,0], reduction='none') + lam*mse,
+                         reduction)
 
-# %% ../../nbs/losses/40_pedcc.ipynb #4f0623be
+# %% ../../nbs/losses/40_pedcc.ipynb #c87902c5
 class PEDCCHead(Head):
     "Scaled cosine to fixed centroids; in training logits, feats and centroids"
     def __init__(self,
@@ -120,7 +126,7 @@ class PEDCCHead(Head):
         n_out:int, # Number of classes
         scale:float=7.5, # Logits are scale times the cosine; positive
         embed:int|None=None, # A linear layer to so many features first; None: features as they come
-        spread:bool=False, # Allow fewer than n_out-1 features, with centroids spread as well as can be found
+        spread:bool=False, # Allow fewer than n_out-1 features, with centroids far apart
     ):
         super().__init__(n_in, n_out)
         check_hparams(pedcc_hypers, scale=scale, embed=embed, spread=spread)
@@ -135,20 +141,21 @@ class PEDCCHead(Head):
         "Scaled cosines, and in training what the loss needs"
         feats = self.embed(feats)
         logits = self.scale*cosine(feats, self.centroids)
-        return dict(logits=logits, feats=feats, centroids=self.centroids.detach()) if self.training else logits
+        return dict(logits=logits, feats=feats,
+                    centroids=self.centroids.detach()) if self.training else logits
 
 class PEDCCLoss(DiscLoss):
-    "AM-softmax on predefined centroids plus lam times the squared distance to them; the centroids live in the PEDCCHead"
+    "AM-softmax on predefined centroids plus lam times the squared distance to them"
     hypers = pedcc_hypers
     def __init__(self,
-        scale:float=7.5, # Inverse temperature, positive; 7.5 in the authors' CIFAR-100 settings
+        scale:float=7.5, # Of the cosines, positive; 7.5 in the authors' CIFAR-100 settings
         margin:float=0.35, # Margin of the cosine, at least 0; 0.35 there
-        lam:float=1., # Weight of the squared error (mean over samples), at least 0; 1 in the code
+        lam:float=1., # Weight of the squared error, at least 0; 1 in the code
         root:float=1., # n of the n-th root of the squared error, at least 1; 1 in the code
-        embed:int|None=None, # The head's linear layer to so many features; None: features as they come
+        embed:int|None=None, # A linear layer to so many features; None: features as they come
         spread:bool=False, # Allow fewer features than classes minus one
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
         self.set_hparams(scale=scale, margin=margin, lam=lam, root=root, embed=embed, spread=spread)

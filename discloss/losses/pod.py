@@ -4,16 +4,16 @@
 __all__ = ['corr_reductions', 'norm_sources', 'pod_hypers', 'norm_adaptive_cosine_loss', 'correlation_loss', 'pod_loss',
            'PODHead', 'count_norms', 'PODLoss']
 
-# %% ../../nbs/losses/41_pod.ipynb #7b567763
+# %% ../../nbs/losses/41_pod.ipynb #87704de0
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Number, all_sum, check_hparams, full_precision, gather_samples,
-    reduce_losses)
+from ..core import Choice, DiscLoss, Number, all_sum, check_hparams, full_precision
+from ..core import gather_samples, reduce_losses
 from .pedcc import PEDCCHead, check_centroids, from_centroid, pedcc_hypers
 
-# %% ../../nbs/losses/41_pod.ipynb #8ca505a4
+# %% ../../nbs/losses/41_pod.ipynb #f435a824
 # What the sum over pairs of coordinates is divided by
 corr_reductions = dict(dim=lambda d: d-1, sum=lambda d: 1, mean=lambda d: d*(d-1))
 
@@ -34,7 +34,7 @@ def norm_adaptive_cosine_loss(
     centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
     delta:float|Tensor=0.05, # The additional coordinate, at least 0; 0.05 in the code's first epoch
 ) -> Tensor: # Shape (batch,), in [0, 4]
-    "Squared cosine distance to the centroid, where each feature has one more coordinate delta and no centroid has"
+    "Squared cosine distance to the centroid, with delta as one more coordinate of features"
     check_centroids(feats, targ, centroids)
     check_hparams(pod_hypers, delta=delta)
     # $R_i^2 = \lVert x_i\rVert^2+\delta^2$
@@ -50,9 +50,9 @@ def correlation_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
-    corr_reduction:str='dim', # Divide the sum over pairs of coordinates by d-1 ('dim', as in the code), 1 ('sum') or d(d-1) ('mean')
+    corr_reduction:str='dim', # Divide by d-1 ('dim', as in the code), 1 ('sum') or d(d-1) ('mean')
 ) -> Tensor: # A scalar, at least 0; 0 for one sample
-    "Squared covariances between the coordinates of the directions' deviations from their centroids"
+    "Squared covariances between coordinates of the deviations from the centroids"
     check_hparams(pod_hypers, corr_reduction=corr_reduction)
     z, = gather_samples(from_centroid(feats, targ, centroids))
     n, d = z.shape
@@ -66,7 +66,7 @@ def correlation_loss(
 def pod_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
-    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1, for example from simplex
+    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1, as of simplex
     delta:float|Tensor=0.05, # The additional coordinate, at least 0; 0.05 in the code's first epoch
     lam:float=1., # Weight of the correlation term, at least 0; 1 in the code
     corr_reduction:str='dim', # 'dim' (as in the code), 'sum' or 'mean', see correlation_loss
@@ -79,7 +79,7 @@ def pod_loss(
     if lam > 0: losses = losses + lam*correlation_loss(feats, targ, centroids, corr_reduction)
     return reduce_losses(losses, reduction)
 
-# %% ../../nbs/losses/41_pod.ipynb #8f147958
+# %% ../../nbs/losses/41_pod.ipynb #c889a6a4
 class PODHead(PEDCCHead):
     "Scaled cosine to fixed centroids; in training logits, feats, centroids, delta and norms"
     def __init__(self,
@@ -88,7 +88,7 @@ class PODHead(PEDCCHead):
         delta0:float=0.05, # delta before there is a mean norm, at least 0; 0.05 in the code
         scale:float=7.5, # Logits are scale times the cosine; positive
         embed:int|None=None, # A linear layer to so many features first; None: features as they come
-        spread:bool=False, # Allow fewer than n_out-1 features, with centroids spread as well as can be found
+        spread:bool=False, # Allow fewer than n_out-1 features, with centroids far apart
     ):
         super().__init__(n_in, n_out, scale, embed, spread)
         check_hparams(pod_hypers, delta0=delta0)
@@ -101,13 +101,14 @@ class PODHead(PEDCCHead):
     ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Scaled cosines, and in training what the loss needs"
         out = super().forward(feats)
-        return dict(out, delta=self.delta.detach(), norms=self.norms.detach()) if self.training else out
+        return dict(out, delta=self.delta.detach(),
+                    norms=self.norms.detach()) if self.training else out
 
     @torch.no_grad()
     def step(self,
         ratio:float, # The new delta in units of the mean norm, at least 0
     ):
-        "Set delta to ratio times the mean norm since the last step, if any was seen, and forget the norms"
+        "Set delta to ratio times the mean norm since the last step, and forget the norms"
         total, n = self.norms
         self.delta.copy_(torch.where(n > 0, ratio*total/n.clamp_min(1), self.delta))
         self.norms.zero_()
@@ -122,7 +123,7 @@ def count_norms(
     norms:Tensor, # Sum and number of norms so far, shape (2,); changed in place
     feats:Tensor, # Shape (batch, d)
     centroids:Tensor, # Class centroids, shape (classes, d)
-    norm_source:str='feature', # Norms of the features, or, as in the code, of the vectors of their class scores ('score')
+    norm_source:str='feature', # Norms of features, or of the vectors of class scores ('score')
 ):
     "Add the norms of a batch, over all processes"
     check_hparams(pod_hypers, norm_source=norm_source)
@@ -137,22 +138,26 @@ class PODLoss(DiscLoss):
     def __init__(self,
         lam:float=1., # Weight of the correlation term, at least 0; 1 in the code
         corr_reduction:str='dim', # 'dim' (as in the code), 'sum' or 'mean', see correlation_loss
-        delta0:float=0.05, # The additional coordinate without a schedule and in the first epoch, at least 0; 0.05 in the code
-        norm_source:str='feature', # What the schedule takes the mean norm of: 'feature', our reading, or 'score', as in the code
+        delta0:float=0.05, # delta without a schedule, at least 0; 0.05 in the code
+        norm_source:str='feature', # Whose norm counts: 'feature', or 'score' as in the code
         scale:float=7.5, # Evaluation only: logits are scale times the cosine. Our choice
-        embed:int|None=None, # The head's linear layer to so many features; None: features as they come
+        embed:int|None=None, # A linear layer to so many features; None: features as they come
         spread:bool=False, # Allow fewer features than classes minus one
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: all the same
     ):
         super().__init__(reduction, weight)
-        self.set_hparams(lam=lam, corr_reduction=corr_reduction, delta0=delta0, norm_source=norm_source)
+        self.set_hparams(lam=lam, corr_reduction=corr_reduction, delta0=delta0,
+                         norm_source=norm_source)
         self.set_hparams(scale=scale, embed=embed, spread=spread)
 
     @property
     def separable(self): return self.lam == 0
-    def head(self, n_in, n_out): return PODHead(n_in, n_out, self.delta0, self.scale, self.embed, self.spread)
+    def head(self, n_in, n_out):
+        return PODHead(n_in, n_out, self.delta0, self.scale, self.embed, self.spread)
 
     def loss(self, feats, centroids, delta, targ):
-        return pod_loss(feats, targ, centroids, delta, self.lam, self.corr_reduction, reduction='none')
-    def track(self, feats, centroids, norms, targ): count_norms(norms, feats, centroids, self.norm_source)
+        return pod_loss(feats, targ, centroids, delta, self.lam, self.corr_reduction,
+                        reduction='none')
+    def track(self, feats, centroids, norms, targ):
+        count_norms(norms, feats, centroids, self.norm_source)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import Choice, Number, all_sum, check_hparams, full_precision, reduce_losses
 from .center import CenterLoss, squared_center_distance
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #52636ff3
+# %% ../../nbs/losses/20_sigma2r.ipynb #f7acd2ff
 shifts = dict(relative=1., absolute=0.) # With their default turning points
 
 sigma2r_hypers = dict(
@@ -26,8 +26,8 @@ def sigma2r_loss(
     targ:Tensor, # Class indices, shape (batch,)
     centers:Tensor, # Class centers, shape (classes, d); not changed
     slope:float=1., # At least 0; 0 gives center loss. Our choice
-    shift:str='relative', # Distances in units of their batch mean, 'relative', or as they are, 'absolute'. Our choice
-    tau:float|None=None, # Turning point, at least 0, where the weight is that of center loss; None: 1 if relative, 0 if absolute. Our choice
+    shift:str='relative', # Distances by their batch mean, or as they are ('absolute')? Our choice
+    tau:float|None=None, # Turning point, at least 0; None: 1 if relative, else 0. Our choice
     detach_weight:bool=False, # No gradient through the factor? The source does not say
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
@@ -46,20 +46,20 @@ def sigma2r_loss(
     if detach_weight: factor = factor.detach()
     return reduce_losses(factor*d, reduction)
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #2efea132
+# %% ../../nbs/losses/20_sigma2r.ipynb #435080a8
 class Sigma2RLoss(CenterLoss):
     "Cross-entropy plus lam times σ²R; the class centers live in the CenterHead"
     hypers = CenterLoss.hypers | sigma2r_hypers
     def __init__(self,
-        lam:float=0.003, # Weight of the σ²R term next to cross-entropy, at least 0; center loss's 0.003, for the paper's is not known
+        lam:float=0.003, # Weight of the σ²R term, at least 0; that of center loss
         slope:float=1., # At least 0; 0 gives center loss. Our choice
         shift:str='relative', # 'relative' or 'absolute'. Our choice
-        tau:float|None=None, # Turning point, at least 0; None: 1 if relative, 0 if absolute. Our choice
+        tau:float|None=None, # Turning point, at least 0; None: 1 if relative, else 0. Our choice
         detach_weight:bool=False, # No gradient through the factor? The source does not say
         alpha:float=0.5, # How far centers move with each batch, in [0, 1]; 0.5 as in center loss
-        learned:bool=False, # Are centers parameters, moved by the optimizer, instead of by the rule of center loss?
+        learned:bool=False, # Does the optimizer move the centers, instead of center loss's rule?
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: all the same
     ):
         super().__init__(lam, alpha, learned, reduction, weight)
         self.set_hparams(slope=slope, shift=shift, tau=tau, detach_weight=detach_weight)
