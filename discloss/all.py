@@ -15,6 +15,7 @@ from .evaluate import embed, evaluate, nearest
 from .geometry import Geometry, GeometryCallback, get_features
 from .heads import CenterHead, CosineHead
 from .learner import TrainMetrics, disc_learner, fit, quiet
+from .metric import AnyPML, references
 from .plot import plot_confusion, plot_curves, plot_features, plot_reliability, plot_scores
 from .pruning import prune
 from .report import write_report
