@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['angle_range', 'arcface_transform', 'arcface_loss', 'arcface_margin', 'ArcFaceLoss']
 
-# %% ../../nbs/losses/54_arcface.ipynb #59e94d20
+# %% ../../nbs/losses/54_arcface.ipynb #03f55c7f
 import math
 from functools import partial
 
@@ -13,37 +13,41 @@ from torch import Tensor
 from ..core import Choice, Number, check_hparams
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss, widest_angle
 
-# %% ../../nbs/losses/54_arcface.ipynb #63a25310
-angle_range = Number(0, math.pi/2, note='in radians', search=(0.1, 0.8)) # What ArcFace allows as margin
-
+# %% ../../nbs/losses/54_arcface.ipynb #3e766ff0
 def arcface_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
-    margin:float|Tensor=0.5, # What is added to the own angle, in radians, in [0, pi/2]. The paper's
-    straight:bool=False, # Take the slope of the margin as 1, as arcface_torch does, or differentiate through the angle?
+    margin:float|Tensor=0.5, # Added to the own angle, radians in [0, pi/2]. The paper's
+    straight:bool=False, # Take the slope as 1, as arcface_torch does?
 ) -> tuple: # Both transformed, of the same shapes
     "Cosine of the own angle plus the margin, for gsoftmax_loss"
-    cos_m, sin_m = (margin.cos(), margin.sin()) if isinstance(margin, Tensor) else (math.cos(margin), math.sin(margin))
+    if isinstance(margin, Tensor): cos_m, sin_m = margin.cos(), margin.sin()
+    else: cos_m, sin_m = math.cos(margin), math.sin(margin)
     # $\cos(\theta+m)=u\cos m-\sqrt{1-u^2}\,\sin m$
     sin = (1-pos*pos).clamp_min(torch.finfo(pos.dtype).eps).sqrt()
     turned = pos*cos_m - sin*sin_m
     # $u-m\sin m$ beyond $\theta=\pi-m$
     turned = torch.where(pos > -cos_m, turned, pos-margin*sin_m)
-    return (pos + (turned-pos).detach() if straight else turned), neg
+    if straight: turned = pos + (turned-pos).detach()
+    return turned, neg
+
+# %% ../../nbs/losses/54_arcface.ipynb #1f79c326
+angle_range = Number(0, math.pi/2, note='in radians', search=(0.1, 0.8))
 
 def arcface_loss(
-    cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
-    targ:Tensor, # Class indices, shape (batch,), any integer dtype
+    cosine:Tensor, # Cosines to all classes, shape (batch, classes)
+    targ:Tensor, # Class indices, shape (batch,)
     scale:float|Tensor=30., # Positive. Our choice, as in AM-softmax; the paper takes 64 for faces
-    margin:float=0.5, # What is added to the own angle, in radians, in [0, pi/2]. The paper's
-    straight:bool=False, # Take the slope of the margin as 1, as arcface_torch does, or differentiate through the angle?
+    margin:float=0.5, # Added to the own angle, radians in [0, pi/2]. The paper's
+    straight:bool=False, # Take the slope as 1, as arcface_torch does?
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Cross-entropy of scaled cosines, the own angle plus a margin; raises ValueError or TypeError on wrong shapes, dtypes, labels or ranges"
+    "Cross-entropy of scaled cosines, the own angle plus a margin; raises ValueError or TypeError"
     check_hparams(dict(margin=angle_range), margin=margin)
     transform = partial(arcface_transform, margin=margin, straight=straight)
     return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
+# %% ../../nbs/losses/54_arcface.ipynb #9d1e74f3
 def arcface_margin(
     n_in:int, # Number of features
     n_out:int, # Number of classes
@@ -53,18 +57,20 @@ def arcface_margin(
 
 class ArcFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines, the own angle plus a margin; for the CosineHead"
-    hypers = dict(GSoftmaxLoss.hypers, straight=Choice((False, True), search=True),
-                  margin=Number(0, math.pi/2, auto=True, note='in radians', search=(0.1, 0.8)))
+    hypers = dict(
+        GSoftmaxLoss.hypers, straight=Choice((False, True), search=True),
+        margin=Number(0, math.pi/2, auto=True, note='in radians', search=(0.1, 0.8)))
     def __init__(self,
-        scale:float|str=30., # What cosines are multiplied by, in the loss and in the head's logits; positive, or 'auto'. Our choice; the paper takes 64 for faces
-        margin:float|str=0.5, # What is added to the own angle, in radians, in [0, pi/2]; 'auto': arcface_margin. The paper's 0.5
-        straight:bool=False, # Take the slope of the margin as 1, as arcface_torch does, or differentiate through the angle?
-        sample:float|None=None, # Share of the classes that a batch is compared with, besides its own; None: all
+        scale:float|str=30., # Of the logits, positive, or 'auto'. The paper takes 64 for faces
+        margin:float|str=0.5, # Radians in [0, pi/2]; 'auto': arcface_margin. The paper's
+        straight:bool=False, # Take the slope as 1, as arcface_torch does?
+        sample:float|None=None, # Share of the classes compared with, besides the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number for each class by which its samples count; None: all the same
     ):
         super().__init__(scale, sample, reduction, weight)
         self.set_hparams(margin=margin, straight=straight)
 
     auto_margin = staticmethod(arcface_margin)
-    def own(self, u, margin=None): return arcface_transform(u, u, self._margin(margin), self.straight)[0]
+    def own(self, u, margin=None):
+        return arcface_transform(u, u, self._margin(margin), self.straight)[0]

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['margin_range', 'cosface_transform', 'cosface_loss', 'cosface_margin', 'CosFaceLoss']
 
-# %% ../../nbs/losses/53_cosface.ipynb #4e9cbd98
+# %% ../../nbs/losses/53_cosface.ipynb #0faf41c9
 import math
 from functools import partial
 
@@ -12,46 +12,47 @@ from torch import Tensor
 from ..core import Number, check_hparams
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss, widest_angle
 
-# %% ../../nbs/losses/53_cosface.ipynb #2dc8e44d
-margin_range = Number(0, 2, search=(0.05, 0.6)) # What CosFace allows as margin; two cosines differ by 2 at most
+# %% ../../nbs/losses/53_cosface.ipynb #a58325b9
+margin_range = Number(0, 2, search=(0.05, 0.6)) # Two cosines differ by 2 at most
 
 def cosface_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
-    margin:float|Tensor=0.35, # What the own cosine is lowered by, in [0, 2]. 0.35 as in AM-softmax
+    margin:float|Tensor=0.35, # What the own cosine is lowered by, in [0, 2]. As in AM-softmax
 ) -> tuple: # Both transformed, of the same shapes
     "The own cosine less the margin, for gsoftmax_loss"
     # $T_p(u)=u-m$, $T_n(u)=u$
     return pos-margin, neg
 
 def cosface_loss(
-    cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
-    targ:Tensor, # Class indices, shape (batch,), any integer dtype
+    cosine:Tensor, # Cosines to all classes, shape (batch, classes)
+    targ:Tensor, # Class indices, shape (batch,)
     scale:float|Tensor=30., # Positive. 30 as in AM-softmax; CosFace takes 64 for faces
-    margin:float=0.35, # What the own cosine is lowered by, in [0, 2]. 0.35 as in AM-softmax
+    margin:float=0.35, # What the own cosine is lowered by, in [0, 2]. As in AM-softmax
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Cross-entropy of scaled cosines, the own one less a margin; raises ValueError or TypeError on wrong shapes, dtypes, labels or ranges"
+    "Cross-entropy of scaled cosines, the own one less a margin; raises ValueError or TypeError"
     check_hparams(dict(margin=margin_range), margin=margin)
-    return gsoftmax_loss(cosine, targ, partial(cosface_transform, margin=margin), scale, reduction)
+    transform = partial(cosface_transform, margin=margin)
+    return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
+# %% ../../nbs/losses/53_cosface.ipynb #aacd65b0
 def cosface_margin(
     n_in:int, # Number of features
     n_out:int, # Number of classes
 ) -> float: # At most 0.35
     "Half of what fits between two class weights, or the usual 0.35 if that is less"
-    # $m\le1-\cos\theta$ at the widest angle $\theta$ of all pairs
     return min(0.35, (1-math.cos(widest_angle(n_in, n_out)))/2)
 
 class CosFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines, the own one less a margin; for the CosineHead"
     hypers = dict(GSoftmaxLoss.hypers, margin=Number(0, 2, auto=True, search=(0.05, 0.6)))
     def __init__(self,
-        scale:float|str=30., # What cosines are multiplied by, in the loss and in the head's logits; positive, or 'auto'. 30 as in AM-softmax
-        margin:float|str=0.35, # What the own cosine is lowered by, in [0, 2]; 'auto': cosface_margin. 0.35 as in AM-softmax
-        sample:float|None=None, # Share of the classes that a batch is compared with, besides its own; None: all
+        scale:float|str=30., # Of the logits, positive, or 'auto'. 30 as in AM-softmax
+        margin:float|str=0.35, # In [0, 2]; 'auto': cosface_margin. 0.35 as in AM-softmax
+        sample:float|None=None, # Share of the classes compared with, besides the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number for each class by which its samples count; None: all the same
     ):
         super().__init__(scale, sample, reduction, weight)
         self.set_hparams(margin=margin)

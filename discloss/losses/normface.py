@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['normface_loss', 'NormFaceHead', 'NormFaceLoss']
 
-# %% ../../nbs/losses/52_normface.ipynb #35cc63b9
+# %% ../../nbs/losses/52_normface.ipynb #4a859cde
 import math
 
 import torch
@@ -13,18 +13,18 @@ from ..core import Choice
 from ..heads import CosineHead
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
-# %% ../../nbs/losses/52_normface.ipynb #c368340d
+# %% ../../nbs/losses/52_normface.ipynb #de36aa73
 def normface_loss(
-    cosine:Tensor, # Cosines of each sample to all classes, shape (batch, classes), in [-1, 1] up to rounding
-    targ:Tensor, # Class indices, shape (batch,), any integer dtype
-    scale:float|Tensor=10., # Positive; a tensor for a scale that is learned. Where the authors' files start
+    cosine:Tensor, # Cosines to all classes, shape (batch, classes)
+    targ:Tensor, # Class indices, shape (batch,)
+    scale:float|Tensor=10., # Positive; a tensor for a learned one. Where the authors' files start
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Cross-entropy of scaled cosines; raises `ValueError` or `TypeError` on wrong shapes, dtypes, labels or ranges"
+    "Cross-entropy of scaled cosines; raises ValueError or TypeError on wrong input"
     # $-\log\mathrm{softmax}(s\,u_i)_{y_i}$
     return gsoftmax_loss(cosine, targ, None, scale, reduction)
 
-# %% ../../nbs/losses/52_normface.ipynb #5c2f4421
+# %% ../../nbs/losses/52_normface.ipynb #fc0080e3
 class NormFaceHead(CosineHead):
     "Cosine to learned class weights, times a learned scale"
     def __init__(self,
@@ -42,19 +42,15 @@ class NormFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines; the scale may be learned"
     hypers = dict(GSoftmaxLoss.hypers, learn_scale=Choice((False, True), search=True))
     def __init__(self,
-        scale:float|str=10., # What cosines are multiplied by, at the start if it is learned; positive, or 'auto'. The authors' files start at 10; more for thousands of classes
+        scale:float|str=10., # Of the logits, positive, or 'auto'; where a learned one starts
         learn_scale:bool=False, # Learn the scale, as the authors' files do?
-        sample:float|None=None, # Share of the classes that a batch is compared with, besides its own; None: all
+        sample:float|None=None, # Share of the classes compared with, besides the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same
+        weight=None, # One number for each class by which its samples count; None: all the same
     ):
         super().__init__(scale, sample, reduction, weight)
         self.set_hparams(learn_scale=learn_scale)
 
-    def head(self,
-        n_in:int, # Number of features
-        n_out:int, # Number of classes
-    ) -> CosineHead:
-        "A CosineHead, or a NormFaceHead if the scale is learned"
+    def head(self, n_in, n_out):
         kind = NormFaceHead if self.learn_scale else CosineHead
         return kind(n_in, n_out, **self._head_args(n_in, n_out))
