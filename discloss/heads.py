@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Head, LinearHead, Number, check_hparams, check_inputs, full_precision, many_classes
+from .core import Head, LinearHead, Number, check_hparams, check_inputs, full_precision
 
 # %% ../nbs/01_heads.ipynb #a269fdef
 class CenterHead(LinearHead):
@@ -76,12 +76,10 @@ def distances(
     apart = square > rounding.square()
     return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
 
-# %% ../nbs/01_heads.ipynb #48dce1c4
-def _norm(x): return torch.linalg.vector_norm(x, dim=1, keepdim=True)
-
+# %% ../nbs/01_heads.ipynb #f648827d
 def _inverse_norm(x):
     "One over the norm of each row, shape (n, 1), at most 1e12; 1 for a row that is zero"
-    norm = _norm(x)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return torch.where(norm > 0, 1/norm.clamp_min(1e-12), 1)
 
 def unit(
@@ -99,9 +97,23 @@ def cosine(
     # $w_j$ is divided by its norm after the product: there is less to divide
     return F.linear(unit(feats), weight) * _inverse_norm(weight).T
 
-# %% ../nbs/01_heads.ipynb #f9f53045
+# %% ../nbs/01_heads.ipynb #5d4436fb
+def by_hand() -> bool: # False in compilers and in torch.func, which do better with plain formulas
+    "Is the plain autograd of eager mode at work, so that a gradient by hand pays?"
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+def differentiable_grads(
+    outs, # A tensor, or several
+    inputs, # Tensors; those that require no gradient get None
+    grads, # Gradients of what comes after by outs
+) -> tuple:
+    "Gradients that have gradients themselves"
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True))
+    return tuple(next(found) if t.requires_grad else None for t in inputs)
+
 class _ScaledCosine(torch.autograd.Function):
-    "scale * cosine(feats, weight) with its gradient by hand, in fewer passes than autograd's"
+    "scale * cosine(feats, weight) with its gradient by hand, which takes fewer passes"
     @staticmethod
     def forward(ctx, feats, weight, scale):
         a, b = _inverse_norm(feats), _inverse_norm(weight)
@@ -118,27 +130,13 @@ class _ScaledCosine(torch.autograd.Function):
             return differentiable_grads(scale*cosine(feats, weight), (feats, weight, scale), grad)
         g = grad*factor
         dx, dw = g@weight, g.T@x
-        # $\sum_j\frac{\partial L}{\partial z_{ij}}z_{ij}$ and the same over $i$
+        # $\sum_j g_{ij}z_{ij}$ and $\sum_i g_{ij}z_{ij}$
         by_sample = torch.linalg.vecdot(dx, x)[:,None]
         by_class = g.mul_(z).sum(0)[:,None]/factor.T
-        # What points along $x_i$ or $w_j$ falls away; but a row that was divided by the floor of its norm has no such part
+        # What points along a row falls away, unless the row was divided by the floor of norms
         dx = dx.addcmul_(x, by_sample*(a < 1e12), value=-1).mul_(a)
         dw = dw.addcmul_(weight, by_class*b.square()*(b < 1e12), value=-1)
         return dx, dw, by_class.sum()/scale if ctx.needs_input_grad[2] else None
-
-def by_hand() -> bool: # False in compilers and in torch.func, which do better with plain formulas
-    "Is the plain autograd of eager mode at work, so that a gradient by hand pays?"
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-
-def differentiable_grads(
-    outs, # A tensor, or several
-    inputs, # Tensors; those that require no gradient get None
-    grads, # Gradients of what comes after by outs
-) -> tuple:
-    "Gradients that have gradients themselves"
-    wanted = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in inputs)
 
 @full_precision
 def scaled_cosine(
@@ -147,20 +145,20 @@ def scaled_cosine(
     scale:Tensor, # A tensor of one positive number
 ) -> Tensor: # Shape (batch, classes)
     "scale times the cosine of each feature with each class weight, in full precision"
-    scale = scale.to(feats.dtype)
+    scale, weight = scale.to(feats.dtype), weight.to(feats.dtype)
     if not by_hand(): return scale*cosine(feats, weight)
-    return _ScaledCosine.apply(feats, weight.to(feats.dtype), scale)
+    return _ScaledCosine.apply(feats, weight, scale)
 
-# %% ../nbs/01_heads.ipynb #c195b7b6
+# %% ../nbs/01_heads.ipynb #5bb69900
 class CosineHead(Head):
-    "Scaled cosine to learned class weights; in training logits and scale, or what the loss needs to make logits in chunks"
+    "Scaled cosine to learned class weights; in training a dict"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
         scale:float=30., # Logits are scale times the cosine; positive
-        margin:float|None=None, # Handed to the loss in training, for a loss whose margin depends on n_in and n_out
-        chunked:bool|None=None, # In training, leave the logits to the loss, which makes them in chunks? None: above many_classes
-        sample:bool=False, # In training, draw a lot for each class, from which the loss samples classes?
+        margin:float|None=None, # Handed to a loss whose margin depends on n_in and n_out
+        chunked:bool|None=None, # In training, leave logits to the loss? None: above many_classes
+        sample:bool=False, # In training, draw a lot for each class, so that the loss can sample?
     ):
         super().__init__(n_in, n_out)
         check_hparams(dict(scale=Number(0, above=True)), scale=scale)
@@ -168,31 +166,35 @@ class CosineHead(Head):
         self.chunked = sample or (n_out > many_classes if chunked is None else chunked)
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(n_out, n_in)))
 
-    def scale_like(self, feats): return feats.new_full((), self.scale, dtype=torch.promote_types(feats.dtype, torch.float32))
+    def scale_like(self,
+        feats:Tensor, # For device and dtype
+    ) -> Tensor: # One number
+        "The scale as a tensor"
+        return feats.new_full((), self.scale, dtype=torch.promote_types(feats.dtype, torch.float32))
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict with scale, and with logits, or feats and weight
+    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Scaled cosines, and in training what the loss needs"
         scale = self.scale_like(feats)
         if not self.training: return scale*cosine(feats, self.weight)
         out = dict(scale=scale)
         if self.margin is not None: out['margin'] = torch.full_like(scale.detach(), self.margin)
         if self.sample: out['lots'] = torch.rand(self.n_out, device=feats.device)
+        # A view, since a leaf that goes out of a module surprises mixed precision and checkpointing
         if self.chunked: return dict(out, feats=feats, weight=self.weight.view_as(self.weight))
         return dict(logits=scaled_cosine(feats, self.weight, scale), **out)
 
-# %% ../nbs/01_heads.ipynb #a9e1523b
+# %% ../nbs/01_heads.ipynb #15add221
 class _OwnAndOthers(torch.autograd.Function):
-    "Logit of the label and log-sum-exp of the other logits, with one chunk of classes in memory at a time"
+    "Logit of the label and log-sum-exp of the others, one chunk of classes at a time"
     @staticmethod
     def forward(ctx, score, transform, targ, chunk, n_shared, *tensors):
         shared, tables = tensors[:n_shared], tensors[n_shared:]
-        own, others = None, None
+        own, others = 0, None
         for rows,here,column in _chunks(targ, len(tables[0]), chunk):
             z = score(*shared, *(t[rows] for t in tables))
-            label = z.gather(1, column)
-            own = torch.where(here, label, 0 if own is None else own)
+            own = torch.where(here, z.gather(1, column), own)
             if transform is not None: z = transform(z, *shared)
             part = _without(z, here, column).logsumexp(1)
             others = part if others is None else torch.logaddexp(others, part)
@@ -203,59 +205,65 @@ class _OwnAndOthers(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_own, grad_others):
         targ, others, *tensors = ctx.saved_tensors
+        none = (None,)*5
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
             outs = _own_and_others(ctx.score, ctx.transform, targ, ctx.n_shared, *tensors)
-            return None, None, None, None, None, *differentiable_grads(outs, tensors, (grad_own, grad_others))
-        wants = ctx.needs_input_grad[5:]
-        shared = [t.detach().requires_grad_(w) for t,w in zip(tensors[:ctx.n_shared], wants)]
-        tables, needs = tensors[ctx.n_shared:], wants[ctx.n_shared:]
-        grads = [torch.zeros_like(t) if t.requires_grad else None for t in shared]
-        grads += [torch.empty_like(t) if n else None for t,n in zip(tables, needs)]
+            return *none, *differentiable_grads(outs, tensors, (grad_own, grad_others))
+        n, wants = ctx.n_shared, ctx.needs_input_grad[5:]
+        shared = [t.detach().requires_grad_(w) for t,w in zip(tensors[:n], wants)]
+        tables = tensors[n:]
+        grads = [torch.zeros_like(t) if w else None for t,w in zip(tensors, wants)]
         for rows,here,column in _chunks(targ, len(tables[0]), ctx.chunk):
+            parts = [t[rows].detach().requires_grad_(w) for t,w in zip(tables, wants[n:])]
             with torch.enable_grad():
-                parts = [t[rows].detach().requires_grad_(n) for t,n in zip(tables, needs)]
-                z = score = ctx.score(*shared, *parts)
-                label = score.gather(1, column)
-                if ctx.transform is not None: z = ctx.transform(score, *shared)
-            # $\partial\operatorname{LSE}/\partial z_j$, a softmax over the other classes
-            g = (_without(z.detach(), here, column) - others[:,None]).exp_().mul_(grad_others[:,None])
-            wanted = [t for t in (*shared, *parts) if t.requires_grad]
-            found = iter(torch.autograd.grad((z, label), wanted, (g, torch.where(here, grad_own[:,None], 0)), allow_unused=True))
-            for i,t in enumerate((*shared, *parts)):
-                if not t.requires_grad: continue
-                part = next(found)
-                if i < ctx.n_shared: grads[i] += 0 if part is None else part
-                else: grads[i][rows] = 0 if part is None else part
-        return None, None, None, None, None, *grads
+                logits = ctx.score(*shared, *parts)
+                label, z = logits.gather(1, column), logits
+                if ctx.transform is not None: z = ctx.transform(logits, *shared)
+            # The gradient of a log-sum-exp is a softmax, here over the other classes
+            g = (_without(z.detach(), here, column) - others[:,None]).exp_()
+            g = g.mul_(grad_others[:,None]), torch.where(here, grad_own[:,None], 0)
+            _add_grads((z, label), g, [*shared, *parts], grads, n, rows)
+        return *none, *grads
+
+def _add_grads(outs, grad_outs, inputs, grads, n_shared, rows):
+    "Add the gradients of one chunk to those of shared tensors, and to its rows of tables"
+    wanted = [i for i,t in enumerate(inputs) if t.requires_grad]
+    found = torch.autograd.grad(outs, [inputs[i] for i in wanted], grad_outs, allow_unused=True)
+    for i,g in zip(wanted, found):
+        if g is None: continue
+        if i < n_shared: grads[i] += g
+        else: grads[i][rows] = g
 
 def _chunks(targ, n_out, chunk):
     "Slices of classes; is the label of a sample among them; and its column there"
     for start in range(0, n_out, chunk):
         stop = min(start+chunk, n_out)
-        here = ((targ >= start) & (targ < stop))[:,None]
-        yield slice(start, stop), here, (targ-start).clamp(0, stop-start-1)[:,None]
+        here = (targ >= start) & (targ < stop)
+        column = (targ-start).clamp(0, stop-start-1)
+        yield slice(start, stop), here[:,None], column[:,None]
 
 def _without(z, here, column): # The logits of other classes: that of the label counts for nothing
     return z.scatter(1, column, torch.where(here, -torch.inf, z.gather(1, column)))
 
 def _own_and_others(score, transform, targ, n_shared, *tensors):
-    "The same in one piece, for higher derivatives, compilers and torch.func"
+    "The same in one piece, for compilers, torch.func and higher derivatives"
     z, column = score(*tensors), targ[:,None]
     own = z.gather(1, column)
     if transform is not None: z = transform(z, *tensors[:n_shared])
     return own[:,0], z.scatter(1, column, -torch.inf).logsumexp(1)
 
-# %% ../nbs/01_heads.ipynb #c9710550
+# %% ../nbs/01_heads.ipynb #a879769d
 def own_and_others(
-    score, # (shared tensors, rows of the tables) -> logits of these classes, shape (batch, rows)
+    score, # (shared tensors, rows of the tables) -> logits of these classes, (batch, rows)
     targ:Tensor, # Class indices, int64, shape (batch,)
     shared:tuple, # Tensors that the logits of all classes need, the features first
     tables:tuple, # Tensors with one row for each class
-    transform=None, # (logits, shared tensors) -> what counts as logits of the classes that are not the label; None: as they are
+    transform=None, # (logits, shared tensors) -> logits of the other classes; None: as they are
     chunk:int=4096, # Classes at a time
 ) -> tuple: # Logit of the label, and log-sum-exp of the others, each of shape (batch,)
     "What cross-entropy needs of the logits, without a tensor of batch times classes"
-    if not by_hand(): return _own_and_others(score, transform, targ, len(shared), *shared, *tables)
+    if not by_hand():
+        return _own_and_others(score, transform, targ, len(shared), *shared, *tables)
     return _OwnAndOthers.apply(score, transform, targ, chunk, len(shared), *shared, *tables)
 
 def cross_entropy_of(
