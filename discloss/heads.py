@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Head, LinearHead, Number, check_hparams, check_inputs, full_precision
+from .core import Head, LinearHead, Number, check_hparams, check_inputs, full_precision, many_classes
 
 # %% ../nbs/01_heads.ipynb #a269fdef
 class CenterHead(LinearHead):
