@@ -18,8 +18,6 @@ from fastcore.basics import patch
 
 from .core import Number, check_hparams, find_head
 from .geometry import get_features
-from .losses.lgm import LGMHead
-from .losses.pod import PODHead
 from .plot import class_colors, class_styles, ink, plot_axes
 
 # %% ../nbs/22_callbacks.ipynb #202f1ad0
@@ -35,7 +33,7 @@ class LGMRamp(Callback):
         check_hparams(hypers, pct=pct, alpha_start=alpha_start, lam_start=lam_start)
         self.pct,self.alpha_start,self.lam_start = pct,alpha_start,lam_start
 
-    def before_fit(self): self.head = _head_of(self, LGMHead, 'LGMLoss')
+    def before_fit(self): self.head = _head_of(self, 'ramp', 'LGM')
     def before_batch(self):
         if not self.training or hasattr(self, 'lr_finder'): return
         done = min(1, self.learn.pct_train/self.pct)
@@ -45,12 +43,12 @@ class LGMRamp(Callback):
         self.head.ramp.fill_(1)
         del self.head
 
-def _head_of(cb, kind, loss):
-    "The head of the model, if it is of the right kind"
+def _head_of(cb, needs, loss):
+    "The head of the model, if it has what a callback needs"
     head = find_head(cb.learn.model)
-    if isinstance(head, kind): return head
-    raise ValueError(f"{type(cb).__name__} needs a model whose head is {kind.__name__}, got {type(head).__name__}: "
-                     f"model = with_head(model, {loss}(), n_out)")
+    if hasattr(head, needs): return head
+    raise ValueError(f"{type(cb).__name__} needs a model whose head is {loss}Head, got {type(head).__name__}: "
+                     f"model = with_head(model, {loss}Loss(), n_out)")
 
 # %% ../nbs/22_callbacks.ipynb #3d1e07ed
 class PODSchedule(Callback):
@@ -63,7 +61,7 @@ class PODSchedule(Callback):
 
     def before_train(self):
         if hasattr(self, 'lr_finder'): return
-        head = _head_of(self, PODHead, 'PODLoss')
+        head = _head_of(self, 'delta', 'POD')
         alpha = 1/self.n_epoch if self.alpha is None else self.alpha
         if self.epoch == 0: head.reset()
         else: head.step(self.epoch*alpha)
