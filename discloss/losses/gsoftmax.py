@@ -96,7 +96,7 @@ class _MarginCrossEntropy(torch.autograd.Function):
         if slope is not None: g.mul_(slope)
         return g.scatter_(1, index, own), None, None, None, None
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #3801e0cd
+# %% ../../nbs/losses/50_gsoftmax.ipynb #6565f604
 class GSoftmaxLoss(DiscLoss):
     "Cross-entropy of scaled, transformed cosines; subclasses write own, others, or both"
     hypers = dict(
