@@ -26,7 +26,8 @@ losses/20_sigma2r.ipynb losses/30_ldmat.ipynb losses/40_pedcc.ipynb losses/41_po
 losses/42_lgm.ipynb losses/50_gsoftmax.ipynb losses/51_so_softmax.ipynb losses/52_normface.ipynb
 losses/53_cosface.ipynb losses/54_arcface.ipynb losses/55_circle.ipynb losses/60_cc.ipynb
 losses/61_soft_nn.ipynb losses/70_crl.ipynb losses/71_em_softmax.ipynb pruning/60_cpli.ipynb
-studies/10_all_losses.ipynb studies/70_robustness.ipynb studies/80_speed.ipynb
+studies/10_all_losses.ipynb studies/70_robustness.ipynb studies/72_models.ipynb studies/80_speed.ipynb
+tutorials/20_any_trainer.ipynb
 """.split())
 old = pytest.mark.xfail(reason='not rewritten yet', strict=False)
 each_new_page = pytest.mark.parametrize('path', [
