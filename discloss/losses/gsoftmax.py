@@ -4,6 +4,7 @@
 __all__ = ['scale_range', 'gsoftmax_loss', 'GSoftmaxLoss', 'auto_scale', 'adacos_scale', 'widest_angle']
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #11db63ee
+from abc import ABC
 import math
 from functools import partial
 
@@ -97,7 +98,7 @@ class _MarginCrossEntropy(torch.autograd.Function):
         return g.scatter_(1, index, own), None, None, None, None
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #6565f604
-class GSoftmaxLoss(DiscLoss):
+class GSoftmaxLoss(DiscLoss, ABC):
     "Cross-entropy of scaled, transformed cosines; subclasses write own, others, or both"
     hypers = dict(
         scale=Number(0, above=True, auto=True, search=(5., 64.), log=True),
