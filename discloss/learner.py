@@ -21,7 +21,10 @@ class TrainMetrics(Callback):
     "Give metrics the logits of training batches, for learn.recorder.train_metrics = True"
     order = 49 # After the callbacks that work on what the loss saw, before Recorder
     def after_loss(self):
-        if isinstance(self.pred, dict): self.learn.pred = self.pred['logits']
+        if not isinstance(self.pred, dict): return
+        if 'logits' not in self.pred:
+            raise ValueError("metrics of training batches need logits, and this head leaves them to its loss: give it chunked=False")
+        self.learn.pred = self.pred['logits']
 
 # %% ../nbs/08_learner.ipynb #1726fb23
 def partner_share(
