@@ -28,7 +28,7 @@ from fastcore.foundation import L
 from . import __version__
 from .bodies import bodies
 from .core import DiscLoss, find_head, with_head
-from .learner import disc_learner, quiet
+from .learner import disc_learner, quiet, with_partners
 from .geometry import Geometry, get_features, head_weight, ncm_accuracy
 from .specs import check_arch
 
@@ -163,6 +163,7 @@ def loss_learner(
     **kwargs, # Passed on to Learner
 ) -> Learner:
     "A `Learner` that differs from that of another loss in nothing but the loss and its head"
+    dls = with_partners(dls, loss)
     how, make = find_arch(arch)
     tuned = pretrained or weights is not None
     if tuned: kwargs.setdefault('splitter', _thirds)

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['few', 'tiers', 'Entry', 'entries', 'tensor_loaders', 'digits_fold', 'Vectors', 'vector_loaders', 'embedding',
            'pretrained_trunk', 'frozen_features', 'frozen_loaders', 'character_loaders', 'noisy', 'kept',
-           'shifted_fold', 'Tier', 'plan', 'right_of', 'run_piece', 'run_study', 'main']
+           'shifted_fold', 'Tier', 'plan', 'right_of', 'run_one', 'run_study', 'main']
 
-# %% ../nbs/24_study.ipynb #c0488703
+# %% ../nbs/24_study.ipynb #31c2d262
 import argparse, time
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +21,31 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from . import __version__
 from .bodies import Body, resnet9, small_body
-from .data import ImageTensorLoaders, ImageTensors, TensorDL, channel_stats, data_root, image_dls, load_arrays
+from .data import (ImageTensorLoaders, ImageTensors, TensorDL, channel_stats, data_root,
+                           image_dls, load_arrays)
 from .evaluate import retrieval, verification
 from .geometry import get_features
 from .runs import default_lr, device_name, run_loss, versions
-from .specs import all_losses, loss_label, parse_loss
+from .losses.cross_entropy import CrossEntropy
+from .metric import references
+from .specs import all_losses, loss_label
 from .store import append_result, claim, plain, read_results, run_key
 from .tune import tune
 
-# %% ../nbs/24_study.ipynb #6358c107
+# %% ../nbs/24_study.ipynb #c0349e81
 @dataclass(frozen=True)
 class Entry:
     "One competitor: a loss, and what of it is searched"
-    spec:str # The loss, as parse_loss reads it
+    make:object # A function without arguments that makes the loss
     names:tuple|None = None # Hyper-parameters to search; None: all that say where
 
 def entries() -> dict: # Label -> Entry
     "All competitors"
-    found = {k: Entry(k) for k in all_losses()}
-    found['crossentropy'] = Entry('crossentropy', ())
-    found['labelsmoothing'] = Entry('crossentropy(label_smoothing=0.1)', ('label_smoothing',))
-    return found
+    found = {k: Entry(loss) for k,loss in all_losses().items()}
+    found['crossentropy'] = Entry(CrossEntropy, ())
+    smooth = partial(CrossEntropy, label_smoothing=0.1)
+    found['labelsmoothing'] = Entry(smooth, ('label_smoothing',))
+    return found | {k: Entry(loss, ()) for k,loss in references.items()}
 
 few = 'crossentropy', 'labelsmoothing', 'center', 'sigma2r', 'lgm', 'pedcc', 'cosface', 'softnn'
 
@@ -185,7 +189,7 @@ def shifted_fold(fold, out=None, shift='ten a class'):
     if shift == 'ten a class': return kept(dls, [10]*10, fold)
     return kept(dls, [max(1, round(100*0.01**(c/9))) for c in range(10)], fold) # 100:1
 
-# %% ../nbs/24_study.ipynb #3273967a
+# %% ../nbs/24_study.ipynb #6d84af09
 @dataclass(frozen=True)
 class Tier:
     "One experiment: the same data, network and budget for all entries"
@@ -196,43 +200,62 @@ class Tier:
     seeds:int = 4 # Runs of each fold
     epochs:int = 10 # Of one cycle
     trials:int = 10 # Of the search, for each entry and fold; 0: defaults
+    tries:int = 1 # Seeds of each trial
     only:tuple|None = None # Labels of entries; None: all
 
-def _shift(name): return Tier(f'Digits, {name}', partial(shifted_fold, shift=name), partial(small_body, width=16), folds=5, seeds=2, trials=6)
-def _image(name, **kwargs): return lambda fold, out: image_dls(name, **kwargs)
+_narrow = partial(small_body, width=16)
+
+def _shift(name):
+    return Tier(f'Digits, {name}', partial(shifted_fold, shift=name), _narrow,
+                folds=5, seeds=2, trials=6)
+
+def _images(name, arch, **kwargs):
+    return Tier(f'{name}, 20,000 images', lambda fold, out: image_dls(name, n_train=20_000), arch, **kwargs)
+
+def _frozen(title, name, **kwargs):
+    sizes = {k: kwargs.pop(k) for k in ('n_train', 'n_eval') if k in kwargs}
+    return Tier(title, lambda fold, out: frozen_loaders(name, out, **sizes), embedding, **kwargs)
 
 tiers = {
-    'digits': Tier('Digits, nested cross-validation', digits_fold, 'small_body', folds=5, seeds=4, trials=10),
-    'flowers': Tier('Flowers, frozen features', lambda fold, out: frozen_loaders('flowers12', out), embedding, seeds=20, epochs=15, trials=20),
-    'characters': Tier('Unseen characters', character_loaders, partial(small_body, n_feats=128), folds=3, seeds=1, epochs=12, trials=4),
-    'noise20': _shift('noise 20%'), 'noise40': _shift('noise 40%'), 'tail': _shift('100:1'), 'few': _shift('ten a class'),
-    'mnist': Tier('MNIST, 20,000 images', _image('mnist', n_train=20_000), partial(small_body, width=16), seeds=10, epochs=4, trials=6),
-    'cifar100_frozen': Tier('CIFAR-100, frozen features', lambda fold, out: frozen_loaders('cifar100', out, n_train=10_000), embedding, seeds=10, epochs=10, trials=8),
-    'cifar10': Tier('CIFAR-10, 20,000 images', _image('cifar10', n_train=20_000), partial(resnet9, width=8), seeds=5, epochs=8, trials=4, only=few),
-    'cifar100': Tier('CIFAR-100, 20,000 images', _image('cifar100', n_train=20_000), partial(resnet9, width=16), seeds=3, epochs=12, trials=4, only=few),
+    'digits': Tier('Digits, nested cross-validation', digits_fold, _narrow,
+                   folds=5, seeds=4, trials=10, tries=2),
+    'flowers': _frozen('Flowers, frozen features', 'flowers12', seeds=20, epochs=15, trials=20),
+    'characters': Tier('Unseen characters', character_loaders, partial(small_body, width=16, n_feats=128),
+                       folds=3, seeds=1, epochs=12, trials=4),
+    'noise40': _shift('noise 40%'),
+    'tail': _shift('100:1'),
+    'few': _shift('ten a class'),
+    'cifar100_frozen': _frozen('CIFAR-100, frozen features', 'cifar100', n_train=5000, n_eval=5000,
+                               seeds=10, epochs=10, trials=8),
+    'noise20': _shift('noise 20%'),
+    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6),
+    'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=8, trials=4, only=few),
+    'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4, only=few),
 }
 
-# %% ../nbs/24_study.ipynb #70df5a9d
+# %% ../nbs/24_study.ipynb #35596e00
 def plan(
     tier:str, # Its name
     shard:tuple=(1,1), # (i, n): the i-th of n parts, counted from 1
-) -> list: # (label, fold)
-    "The pieces of work of a tier, in an order in which every entry has runs early"
-    t, all_ = tiers[tier], entries()
-    labels = t.only or tuple(all_)
-    pieces = [(label, fold) for fold in range(t.folds) for label in labels]
-    return pieces[shard[0]-1::shard[1]]
+) -> list: # (label, fold, seed)
+    "The runs of a tier, in an order in which every entry has results early"
+    t = tiers[tier]
+    pairs = [(label, fold) for fold in range(t.folds) for label in t.only or entries()]
+    mine = pairs[shard[0]-1::shard[1]]
+    return [(*pair, seed) for seed in range(t.seeds) for pair in mine]
 
-def _loaders(t, fold, out):
+@lru_cache(5)
+def _loaders(tier, fold, out):
     "Loaders, and images and labels of unseen classes or None"
-    made = t.loaders(fold, out)
+    made = tiers[tier].loaders(fold, out)
     return made if isinstance(made, tuple) else (made, None)
 
-def _setting(t, entry, dls, fold, folder):
+def _setting(t, entry, dls, folder):
     "The loss, learning rate and weight decay of an entry: tuned on the validation images of a fold"
-    loss = parse_loss(entry.spec)
+    loss = entry.make()
     if not t.trials: return loss, default_lr(t.arch), 0.01
-    found = tune(loss, dls, t.trials, entry.names, t.arch, epochs=t.epochs, out=folder, show=False)
+    found = tune(loss, dls, t.trials, entry.names, t.arch, epochs=t.epochs,
+                 seeds=t.tries, out=folder, show=False)
     return found.loss, found.lr, found.wd
 
 def _right(said):
@@ -254,35 +277,35 @@ def _unseen(learn_or_model, images, labels, dls):
     pairs = verification(feats, targ)
     return dict(retrieval(feats, targ), eer=pairs.eer, auroc=pairs.auroc)
 
-# %% ../nbs/24_study.ipynb #9a556a45
+# %% ../nbs/24_study.ipynb #fe069060
 def _key(tier, label, fold, seed):
     "The name of a run: all that decides it, the version of discloss among it"
     t = tiers[tier]
-    return run_key(dict(tier=tier, label=label, fold=fold, seed=seed, epochs=t.epochs, trials=t.trials, discloss=__version__))
+    return run_key(dict(tier=tier, label=label, fold=fold, seed=seed, epochs=t.epochs, trials=t.trials,
+                        tries=t.tries, discloss=__version__))
 
-def run_piece(
+def run_one(
     tier:str, # Name of the tier
     label:str, # Name of the entry
     fold:int, # Which fold
+    seed:int, # Seed of the weights and batches
     out, # Folder of the results
     say=print, # Called with a line for each run
 ):
-    "Tune one entry on one fold, and train it with each seed; runs that are there are not done again"
+    "Tune one entry on one fold and train it, unless that is done or another process does it"
     t, out = tiers[tier], Path(out)
-    results = out/f'{tier}.jsonl'
-    keys = [_key(tier, label, fold, seed) for seed in range(t.seeds)]
-    if all(k in read_results(results) for k in keys): return
+    results, key = out/f'{tier}.jsonl', _key(tier, label, fold, seed)
+    if key in read_results(results): return
     (out/'claims').mkdir(parents=True, exist_ok=True)
     with claim(out/'claims'/f'{tier}-{label}-{fold}.lock') as ours:
-        if not ours: return
-        dls, unseen = _loaders(t, fold, out)
-        loss, lr, wd = _setting(t, entries()[label], dls, fold, out/'search'/f'{tier}-{label}-{fold}')
-        for seed,key in enumerate(keys):
-            if key in read_results(results): continue
-            row = _one_run(t, loss, dls, unseen, lr, wd, seed)
-            setting = dict(loss=loss_label(loss), lr=lr, wd=wd, epochs=t.epochs, trials=t.trials)
-            append_result(results, dict(key=key, tier=tier, label=label, fold=fold, seed=seed, setting=setting, **row))
-            say(f"{tier}: {label}, fold {fold}, seed {seed}: test accuracy {row['test'].get('accuracy', float('nan')):.4f}, {row['seconds']:.1f} s", flush=True)
+        if not ours or key in read_results(results): return
+        dls, unseen = _loaders(tier, fold, out)
+        loss, lr, wd = _setting(t, entries()[label], dls, out/'search'/f'{tier}-{label}-{fold}')
+        row = _one_run(t, loss, dls, unseen, lr, wd, seed)
+        setting = dict(loss=loss_label(loss), lr=lr, wd=wd, epochs=t.epochs, trials=t.trials, tries=t.tries)
+        append_result(results, dict(key=key, tier=tier, label=label, fold=fold, seed=seed, setting=setting, **row))
+        accuracy = row['test'].get('accuracy', float('nan'))
+        say(f"{tier}: {label}, fold {fold}, seed {seed}: test accuracy {accuracy:.4f}, {row['seconds']:.1f} s", flush=True)
 
 def _one_run(t, loss, dls, unseen, lr, wd, seed):
     "One training, as a row of plain values"
@@ -296,19 +319,19 @@ def _one_run(t, loss, dls, unseen, lr, wd, seed):
     row.pop('valid')
     return plain(dict(row, n=n, right=right, versions=versions(), device=device_name(dls.device), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())))
 
-# %% ../nbs/24_study.ipynb #71f2a262
+# %% ../nbs/24_study.ipynb #77502277
 def run_study(
     names, # Names of tiers
     out='results/study', # Folder of the results
     shard:tuple=(1,1), # (i, n): the i-th of n parts
-    minutes:float|None=None, # Begin no piece of work after so many minutes; None: until all is done
+    minutes:float|None=None, # Begin no run after so many minutes; None: until all is done
 ):
     "Run tiers, one after the other"
     start = time.monotonic()
     for tier in names:
-        for label,fold in plan(tier, shard):
+        for piece in 2*plan(tier, shard): # Twice: what another process has begun may be free later
             if minutes is not None and time.monotonic()-start > 60*minutes: return
-            run_piece(tier, label, fold, out)
+            run_one(tier, *piece, out)
 
 def _shard(text):
     i, n = map(int, text.split('/'))
@@ -321,7 +344,7 @@ def main(args=None):
     parser.add_argument('tiers', nargs='+', choices=list(tiers), help='tiers to run, in this order')
     parser.add_argument('--out', default='results/study', help='folder of the results')
     parser.add_argument('--shard', type=_shard, default=(1,1), help='i/n: the i-th of n parts, for several machines')
-    parser.add_argument('--minutes', type=float, help='begin no piece of work after so many minutes')
+    parser.add_argument('--minutes', type=float, help='begin no run after so many minutes')
     given = parser.parse_args(args)
     if default_device().type == 'cpu': torch.set_num_threads(1)
     run_study(given.tiers, given.out, given.shard, given.minutes)

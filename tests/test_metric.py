@@ -1,5 +1,6 @@
 "AnyPML beside pytorch-metric-learning itself, reference points, samplers, and batches without pairs."
 import copy, pickle, sys, warnings
+from functools import partial
 
 import pytest
 import torch
@@ -7,14 +8,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pytorch_metric_learning import distances, losses, miners
 
+from discloss.bodies import small_body
 from discloss.contract import check_loss
 from discloss.core import with_head
 from discloss.data import ImageTensors, class_balanced
-from discloss.learner import partner_share
+from discloss.learner import partner_share, with_partners
 from discloss.losses.circle import CirclePairLoss
+from discloss.losses.cosface import CosFaceLoss
 from discloss.losses.soft_nn import SoftNNLoss
 from discloss.metric import AnyPML, FocalLoss, LogitAdjustedLoss, pml_names, references
+from discloss.runs import loss_learner
 from discloss.specs import all_losses, loss_label, parse_losses
+from discloss.study import tensor_loaders
 
 needs = dict(RankedListLoss=dict(margin=0.5, Tn=1))
 
@@ -172,6 +177,17 @@ def test_partner_share_by_counting():
     # Drawn without replacement, here as if with it
     assert abs(partner_share(labels, bs) - met) < 0.05
 
+@pytest.mark.parametrize('loss', [AnyPML('SupConLoss'), AnyPML('ProxyAnchorLoss', weight=[1,2])], ids=lambda l: l.name)
+def test_compiled_it_goes_through_one_operator(loss):
+    x, y, found = torch.randn(8, 4), torch.arange(8) % 2, []
+    head = loss.head(4, 2)
+    for f in loss, torch.compile(loss, backend='aot_eager', fullgraph=True):
+        head.zero_grad()
+        value = f(head(x), y)
+        value.backward()
+        found.append([value.detach(), *(p.grad.clone() for p in head.parameters())])
+    for plain,compiled in zip(*found): assert torch.allclose(plain, compiled, atol=1e-5)
+
 def pair_losses(): return [SoftNNLoss(), CirclePairLoss(), AnyPML('SupConLoss')]
 
 @pytest.mark.parametrize('loss', pair_losses(), ids=lambda l: l.name)
@@ -192,3 +208,16 @@ def test_losses_with_proxies_need_no_pairs():
     alone = {k for k,v in pairs.items() if not v}
     assert {'ArcFaceLoss', 'ProxyAnchorLoss', 'SphereFaceLoss', 'SoftTripleLoss', 'P2SGradLoss'} <= alone
     assert not {'SupConLoss', 'MarginLoss', 'TripletMarginLoss'} & alone
+
+@pytest.mark.parametrize('n,want', [(2,'few'), (40,'many')])
+def test_losses_with_pairs_get_partners_where_batches_lack_them(n, want):
+    "Of 40 classes with 4 images each, a batch of 8 holds hardly two of one class; of two classes it does"
+    y = torch.arange(160) % n
+    x = torch.randint(0, 255, (160,1,8,8), dtype=torch.uint8)
+    dls = tensor_loaders([(x, y)]*3, [str(i) for i in range(n)], bs=8)
+    changed = with_partners(dls, SoftNNLoss())
+    assert with_partners(dls, CosFaceLoss()) is dls
+    if want == 'few': assert changed is dls
+    else: assert all((b.bincount()[b.unique()] == 4).all() for _,b in changed.train)
+    learn = loss_learner(SoftNNLoss(), dls, partial(small_body, width=4))
+    assert (learn.dls is dls) == (want == 'few')
