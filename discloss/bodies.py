@@ -16,15 +16,20 @@ class Body(nn.Sequential):
     ):
         super().__init__(*layers)
         self.n_feats = n_feats
-    def __getitem__(self, i): return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice): return nn.Sequential(*list(self)[i]) # A part is no body
+        return super().__getitem__(i)
 
 def _conv(ni, no, ks=3, stride=1, act=nn.ReLU):
     "Convolution, batch norm, activation"
-    return nn.Sequential(nn.Conv2d(ni, no, ks, stride, ks//2, bias=False), nn.BatchNorm2d(no), act())
+    conv = nn.Conv2d(ni, no, ks, stride, ks//2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(no), act())
 
 def _embed(n_in, n_feats):
-    "Nothing when `n_feats` is None or `n_in`, else a linear layer to `n_feats`; with the number of features that results"
-    return ([], n_in) if n_feats in (None, n_in) else ([nn.Linear(n_in, n_feats)], n_feats)
+    "A linear layer if another number of features is wanted, in a list; and that number"
+    if n_feats in (None, n_in): return [], n_in
+    return [nn.Linear(n_in, n_feats)], n_feats
 
 # %% ../nbs/02_bodies.ipynb #0594aa0b
 def small_body(
@@ -33,8 +38,10 @@ def small_body(
     width:int=32, # Channels of the first convolution; the others have twice as many
 ) -> Body: # For images of 8x8 and more
     "Three small convolutions and a linear layer, for digits"
-    return Body(_conv(n_in, width), _conv(width, 2*width, stride=2), _conv(2*width, 2*width, stride=2),
-                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8*width, n_feats), n_feats=n_feats)
+    w = width
+    convs = _conv(n_in, w), _conv(w, 2*w, stride=2), _conv(2*w, 2*w, stride=2)
+    last = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8*w, n_feats)
+    return Body(*convs, *last, n_feats=n_feats)
 
 # %% ../nbs/02_bodies.ipynb #e4b9970c
 def lenetpp(
@@ -44,9 +51,11 @@ def lenetpp(
     "The LeNet++ on which center loss was drawn, for MNIST"
     layers, ni = [], n_in
     for no in 32, 64, 128:
-        layers += [nn.Conv2d(ni, no, 5, padding=2), nn.PReLU(), nn.Conv2d(no, no, 5, padding=2), nn.PReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(ni, no, 5, padding=2), nn.PReLU()]
+        layers += [nn.Conv2d(no, no, 5, padding=2), nn.PReLU(), nn.MaxPool2d(2)]
         ni = no
-    return Body(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9*128, n_feats), n_feats=n_feats)
+    last = nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9*128, n_feats)
+    return Body(*layers, *last, n_feats=n_feats)
 
 # %% ../nbs/02_bodies.ipynb #69df4d08
 class Residual(nn.Module):
@@ -65,10 +74,14 @@ def resnet9(
 ) -> Body: # For images of 16x16 and more
     "A fast nine-layer residual network for 32x32 images"
     w = width
-    res = lambda n: Residual(_conv(n, n), _conv(n, n))
+    def res(n): return Residual(_conv(n, n), _conv(n, n))
+    layers = [_conv(n_in, w)]
+    layers += [_conv(w, 2*w), nn.MaxPool2d(2), res(2*w)]
+    layers += [_conv(2*w, 4*w), nn.MaxPool2d(2)]
+    layers += [_conv(4*w, 8*w), nn.MaxPool2d(2), res(8*w)]
+    layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten()]
     embed, n_feats = _embed(8*w, n_feats)
-    return Body(_conv(n_in, w), _conv(w, 2*w), nn.MaxPool2d(2), res(2*w), _conv(2*w, 4*w), nn.MaxPool2d(2),
-                _conv(4*w, 8*w), nn.MaxPool2d(2), res(8*w), nn.AdaptiveMaxPool2d(1), nn.Flatten(), *embed, n_feats=n_feats)
+    return Body(*layers, *embed, n_feats=n_feats)
 
 # %% ../nbs/02_bodies.ipynb #867cd0d8
 def resnet18_cifar(
@@ -77,9 +90,12 @@ def resnet18_cifar(
 ) -> Body: # For images of 16x16 and more
     "torchvision's ResNet-18 with a stem for 32x32 images"
     net = models.resnet18(weights=None)
-    net.conv1, net.maxpool, net.fc = nn.Conv2d(n_in, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    net.conv1 = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    net.fc = nn.Identity()
     embed, n_feats = _embed(512, n_feats)
     return Body(net, *embed, n_feats=n_feats)
 
 # %% ../nbs/02_bodies.ipynb #530efad0
-bodies = dict(small_body=small_body, lenetpp=lenetpp, resnet9=resnet9, resnet18_cifar=resnet18_cifar)
+bodies = dict(small_body=small_body, lenetpp=lenetpp, resnet9=resnet9,
+              resnet18_cifar=resnet18_cifar)

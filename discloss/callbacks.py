@@ -22,7 +22,7 @@ from .plot import class_colors, class_styles, ink, plot_axes
 
 # %% ../nbs/22_callbacks.ipynb #202f1ad0
 class LGMRamp(Callback):
-    "Raise the margin and the likelihood weight linearly to their full values over the first part of each fit"
+    "Raise L-GM's margin and likelihood weight linearly over the first part of each fit"
     def __init__(self,
         pct:float=0.1, # Part of the fit over which they rise, in (0, 1]; 0.1 in the authors' code
         alpha_start:float=0.1, # Share of alpha at the start, in [0, 1]; 0.1 in the authors' code
@@ -47,14 +47,16 @@ def _head_of(cb, needs, loss):
     "The head of the model, if it has what a callback needs"
     head = find_head(cb.learn.model)
     if hasattr(head, needs): return head
-    raise ValueError(f"{type(cb).__name__} needs a model whose head is {loss}Head, got {type(head).__name__}: "
-                     f"model = with_head(model, {loss}Loss(), n_out)")
+    raise ValueError(f"{type(cb).__name__} needs a model whose head is {loss}Head, got "
+                     f"{type(head).__name__}: model = with_head(model, {loss}Loss(), n_out)")
 
 # %% ../nbs/22_callbacks.ipynb #3d1e07ed
 class PODSchedule(Callback):
-    "Before epoch e of each fit, set the head's delta to alpha*e times the mean norm over the epoch before"
+    "Before epoch e of a fit, set the head's delta to alpha*e times the mean norm of the last epoch"
     def __init__(self,
-        alpha:float|None=None, # Rise of delta per epoch in units of the mean norm, at least 0; None: 1/epochs, the code's 0.01 at its 100 epochs
+        # Rise of delta per epoch in units of the mean norm, at least 0; None: 1/epochs, the code's
+        # 0.01 at its 100 epochs
+        alpha:float|None=None,
     ):
         check_hparams(dict(alpha=Number(0, optional=True)), alpha=alpha)
         self.alpha = alpha

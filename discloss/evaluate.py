@@ -21,6 +21,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiLoader
 from fastai.data.transforms import get_image_files
 from fastcore.basics import patch
+from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
@@ -369,6 +370,12 @@ for _name in 'confusion','scores','unknown':
     setattr(Evaluation, _name, _once)
 
 # %% ../nbs/21_evaluate.ipynb #f2395115
+def _legend_below(ax, ncols=1):
+    "A legend below the label of the x axis, where it hides nothing"
+    below = ax.transAxes + ScaledTranslation(0, -34/72, ax.figure.dpi_scale_trans)
+    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0,
+              ncols=ncols, fontsize=8, labelcolor=ink, frameon=False)
+
 def plot_roc(
     curves:dict, # Name -> a Verification
     title:str|None='Pairs of images', # Title of the panel
@@ -383,7 +390,7 @@ def plot_roc(
                ylabel='true accepts')
         ax.set_title(title, fontsize=10, color=ink, weight='bold')
         ax.grid(color=ink, alpha=0.25, lw=0.8)
-        ax.legend(loc='best', fontsize=8, labelcolor=ink, frameon=False)
+        _legend_below(ax)
     return ax.figure
 
 @patch
@@ -398,7 +405,7 @@ def plot_unknown(self:Evaluation, ax):
     ax.set(xlabel=f'{best} (dashed: threshold)', ylabel='share')
     ax.set_title(f'Unknown inputs: AUROC {self.unknown.AUROC[best]:.3f}', fontsize=10, color=ink,
                  weight='bold')
-    ax.legend(fontsize=8, labelcolor=ink, frameon=False)
+    _legend_below(ax, ncols=2)
     fit_ticks(ax, 4)
 
 @patch
