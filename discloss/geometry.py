@@ -201,7 +201,7 @@ def variance_ratio(self:Geometry) -> float:
 # %% ../nbs/04_geometry.ipynb #265b9416
 @patch(as_prop=True)
 def nc1(self:Geometry) -> float:
-    "Trace of within-class covariance times pseudo-inverse of between-class covariance, over K"
+    "Trace of within-class covariance times pseudo-inverse of between-class covariance, over C"
     if self.n_classes < 2: return math.nan
     _,s,Vh = torch.linalg.svd(self.centered, full_matrices=False)
     # as in torch.linalg.pinv: an eigenvalue s^2 below the largest's rounding error counts as zero
@@ -223,11 +223,11 @@ def nc2_norm(self:Geometry) -> float:
 @patch(as_prop=True)
 def nc2_angle(self:Geometry) -> float:
     "Mean deviation of the cosines of centered class means from a simplex's; NaN with one class"
-    K = self.n_classes
-    if K < 2 or not self.centered.any(): return math.nan
+    C = self.n_classes
+    if C < 2 or not self.centered.any(): return math.nan
     M = F.normalize(self.centered)
-    pairs = ~torch.eye(K, dtype=torch.bool, device=M.device)
-    return (M @ M.T + 1/(K-1))[pairs].abs().mean().item()
+    pairs = ~torch.eye(C, dtype=torch.bool, device=M.device)
+    return (M @ M.T + 1/(C-1))[pairs].abs().mean().item()
 
 # %% ../nbs/04_geometry.ipynb #1bc5e0da
 @patch

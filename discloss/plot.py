@@ -152,8 +152,7 @@ def _say(ax, title=None, note=None, xlabel=None, ylabel=None):
         ax.set_title(title, fontsize=10, color=ink, weight='bold', pad=18 if note else 6)
     if note:
         ax.annotate(note, (0.5,1), xytext=(0,5), xycoords='axes fraction',
-                    textcoords='offset points',
-                    ha='center', va='bottom', fontsize=8, color=ink)
+                    textcoords='offset points', ha='center', va='bottom', fontsize=8, color=ink)
     if xlabel is not None: ax.set_xlabel(xlabel, fontsize=9, color=ink)
     if ylabel is not None: ax.set_ylabel(ylabel, fontsize=9, color=ink)
 
@@ -311,9 +310,9 @@ def _badges(ax, spots, feats, targ, used, words, styles):
     for p,q,k,moved in zip(spots, there, used, np.abs(pos-at).max(1) > side*pt/2):
         if moved: ax.plot(*zip(p, q), color=styles[k]['color'], lw=0.8, zorder=3)
         ax.scatter(*q, s=side**2, color=styles[k]['color'], lw=0, zorder=5)
-        ax.annotate(words[k], q, ha='center', va='center_baseline', fontsize=side*.62,
-                    weight='bold', color='white',
-                    zorder=6).set_in_layout(False)
+        word = ax.annotate(words[k], q, ha='center', va='center_baseline', fontsize=side*.62,
+                           weight='bold', color='white', zorder=6)
+        word.set_in_layout(False)
 
 # %% ../nbs/05_plot.ipynb #01e41815
 def _draw_features(ax, f, c, zero, t, styles, max_points, half, mid):
@@ -377,10 +376,10 @@ def _grid(n, size, ncols, labels, foot):
     def legend(handles, title):
         if side is None: return
         loc = 'center left' if where == 'right' else 'upper center'
-        side.legend(handles, labels, title=title, loc=loc, ncols=cols, fontsize=8, title_fontsize=8,
-                    labelcolor=ink,
-                    handletextpad=0.3, columnspacing=1, borderaxespad=0, labelspacing=0.4,
-                    alignment='left').get_title().set_color(ink)
+        leg = side.legend(handles, labels, title=title, loc=loc, ncols=cols, fontsize=8,
+                          title_fontsize=8, labelcolor=ink, handletextpad=0.3, columnspacing=1,
+                          borderaxespad=0, labelspacing=0.4, alignment='left')
+        leg.get_title().set_color(ink)
     return axs[:n], legend
 
 # %% ../nbs/05_plot.ipynb #e4d1a8a8
@@ -461,7 +460,8 @@ def plot_features(
             _say(ax, k, ', '.join(o for o in (score,note) if o) or None, xlabel,
                  ylabel if first else None)
         handles = [Line2D([], [], linestyle='', markersize=5, **s) for s in styles]
-        title = f"class, and its {'center' if centers else 'mean'}" if badges else 'class'
+        badge = 'center' if centers else 'mean'
+        title = f'class, and its {badge}' if badges else 'class'
         if put_legend: put_legend(handles, title)
         elif labels: _legend(axs[-1], handles, labels, title, ncols=ceil(n/14), columnspacing=1)
         # only now is it known where the badges come to lie
@@ -573,7 +573,8 @@ def _count(data, before='', after=''):
     "For example '5 seeds', and what to say around it where there is more than one"
     n = sorted({len(v) for v in data.values()})
     if n == [1]: return '1 seed'
-    return f"{before}{n[0]}{f' to {n[-1]}' if len(n) > 1 else ''} seeds{after}"
+    number = f'{n[0]} to {n[-1]}' if len(n) > 1 else n[0]
+    return f'{before}{number} seeds{after}'
 
 def _checked_curves(curves, x):
     data = {k: _numbers(v, f"curves[{k!r}]", ('n_seeds','n_epochs'))
@@ -640,8 +641,7 @@ def _draw_scores(ax, y, v, said, look):
     "One row: dots from the first seed, lowest, to the last"
     ax.axhline(y, color=ink, alpha=0.25, lw=0.8, zorder=0)
     ax.annotate(said, (1,y), xycoords=('axes fraction','data'), xytext=(8,0),
-                textcoords='offset points',
-                va='center', fontsize=8, color=ink)
+                textcoords='offset points', va='center', fontsize=8, color=ink)
     if not len(v): return
     off = 0.22*np.linspace(-1, 1, len(v)) if len(v) > 1 else np.zeros(1)
     ax.plot([v.mean()]*2, [y-0.36,y+0.36], color=ink, lw=1.6, solid_capstyle='butt', zorder=4)
@@ -671,8 +671,8 @@ def plot_scores(
         v,bad = rows[k]
         return bool(bad), (-v.mean() if more else v.mean()) if len(v) else np.inf
     order = sorted(rows, key=key) if sort else list(rows)
-    note = _count(data, after=', mean ± standard deviation') + (f"; dashed: "
-                                                                f"{ref}" if ref is not None else '')
+    note = _count(data, after=', mean ± standard deviation')
+    if ref is not None: note += f'; dashed: {ref}'
     with plot_style():
         said = {k: _said(*rows[k], fmt) for k in order}
         # the axes keep two inches between names and numbers
@@ -732,9 +732,9 @@ def plot_confusion(
             ax.set_yticks(range(n), vocab, fontsize=font)
         else: ax.set(xticks=[], yticks=[])
         for i,j in np.argwhere(m > 0) if numbers else ():
+            color = 'white' if shades[i,j,3] > 0.4 else ink
             ax.text(j, i, f'{m[i,j]:g}', ha='center', va='center', fontsize=min(8, cell*0.4),
-                    weight='bold',
-                    color='white' if shades[i,j,3] > 0.4 else ink)
+                    weight='bold', color=color)
         _say(ax, title, None, 'predicted', 'true' if font >= 4.5 else f'true: one of {n} classes')
     return _root(ax)
 
