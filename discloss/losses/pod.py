@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Number, all_sum, check_hparams, full_precision
-from ..core import gather_samples, reduce_losses
-from .pedcc import PEDCCHead, check_centroids, from_centroid, pedcc_hypers
+from ..core import Choice, DiscLoss, Number, all_sum, check_hparams
+from ..core import full_precision, gather_samples, reduce_losses
+from .pedcc import PEDCCHead, check_centroids, from_centroid
+from .pedcc import pedcc_hypers
 
 # %% ../../nbs/losses/41_pod.ipynb #f435a824
 # What the sum over pairs of coordinates is divided by
@@ -27,67 +28,73 @@ pod_hypers = dict(
     norm_source=Choice(norm_sources),
 ) | {k: pedcc_hypers[k] for k in ('scale','embed','spread')}
 
+# %% ../../nbs/losses/41_pod.ipynb #69912234
 @full_precision
 def norm_adaptive_cosine_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
-    delta:float|Tensor=0.05, # The additional coordinate, at least 0; 0.05 in the code's first epoch
+    delta:float|Tensor=0.05, # One more coordinate, at least 0; the code's first is 0.05
 ) -> Tensor: # Shape (batch,), in [0, 4]
-    "Squared cosine distance to the centroid, with delta as one more coordinate of features"
+    "Squared cosine distance to the centroid, with delta as one more coordinate"
     check_centroids(feats, targ, centroids)
     check_hparams(pod_hypers, delta=delta)
     # $R_i^2 = \lVert x_i\rVert^2+\delta^2$
     square = torch.linalg.vecdot(feats, feats)[:,None] + delta**2
     inv = torch.where(square > 0, square, 1).rsqrt()
-    # $1-s_i=\frac12\big(\lVert x_i/R_i-a_{y_i}\rVert^2+\delta^2/R_i^2\big)$, as exact differences
+    # $1-u_i=\frac12\big(\lVert x_i/R_i-a_{y_i}\rVert^2+\delta^2/R_i^2\big)$
     own = centroids.index_select(0, targ.long()).to(feats.dtype)
-    away = F.mse_loss(feats*inv, own, reduction='none').sum(1) + (delta*inv[:,0]).square()
+    away = F.mse_loss(feats*inv, own, reduction='none').sum(1)
+    away = away + (delta*inv[:,0]).square()
     return (away/2).square()
 
+# %% ../../nbs/losses/41_pod.ipynb #c889a6a4
 @full_precision
 def correlation_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
-    corr_reduction:str='dim', # Divide by d-1 ('dim', as in the code), 1 ('sum') or d(d-1) ('mean')
+    corr_reduction:str='dim', # Divisor: d-1 ('dim', the code), 1 ('sum') or d(d-1) ('mean')
 ) -> Tensor: # A scalar, at least 0; 0 for one sample
     "Squared covariances between coordinates of the deviations from the centroids"
     check_hparams(pod_hypers, corr_reduction=corr_reduction)
-    z, = gather_samples(from_centroid(feats, targ, centroids))
-    n, d = z.shape
-    # $\sum_{p,q}(Z^\top Z)_{pq}^2=\sum_{i,j}(ZZ^\top)_{ij}^2$: the smaller matrix will do
-    gram = z@z.T if n < d else z.T@z
+    # $v_i=\hat x_i-a_{y_i}$
+    v, = gather_samples(from_centroid(feats, targ, centroids))
+    n, d = v.shape
+    # $V^\top V$ or $VV^\top$, the smaller
+    gram = v@v.T if n < d else v.T@v
     # $\sum_{p\ne q}$: all less the diagonal
-    off = (gram.square().sum() - z.square().sum(0).square().sum()).relu()
+    off = (gram.square().sum() - v.square().sum(0).square().sum()).relu()
     # A single sample has no covariance
     return (n > 1)*off / max(n-1, 1)**2 / max(corr_reductions[corr_reduction](d), 1)
 
+# %% ../../nbs/losses/41_pod.ipynb #bac51278
 def pod_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
-    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1, as of simplex
-    delta:float|Tensor=0.05, # The additional coordinate, at least 0; 0.05 in the code's first epoch
+    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
+    delta:float|Tensor=0.05, # One more coordinate, at least 0; the code's first is 0.05
     lam:float=1., # Weight of the correlation term, at least 0; 1 in the code
-    corr_reduction:str='dim', # 'dim' (as in the code), 'sum' or 'mean', see correlation_loss
-    reduction:str='mean', # 'mean', 'sum' or 'none'; the correlation term is added to each sample
+    corr_reduction:str='dim', # Divisor: d-1 ('dim', the code), 1 ('sum') or d(d-1) ('mean')
+    reduction:str='mean', # 'mean', 'sum' or 'none', each sample with the correlation
 ) -> Tensor: # A scalar, or shape (batch,)
     "Norm-adaptive cosine loss plus lam times the correlation term"
     check_hparams(pod_hypers, lam=lam, corr_reduction=corr_reduction)
     # $L_{NaC}+\lambda L_{SC}$
     losses = norm_adaptive_cosine_loss(feats, targ, centroids, delta)
-    if lam > 0: losses = losses + lam*correlation_loss(feats, targ, centroids, corr_reduction)
+    if lam > 0:
+        losses = losses + lam*correlation_loss(feats, targ, centroids, corr_reduction)
     return reduce_losses(losses, reduction)
 
-# %% ../../nbs/losses/41_pod.ipynb #c889a6a4
+# %% ../../nbs/losses/41_pod.ipynb #f9030e0d
 class PODHead(PEDCCHead):
-    "Scaled cosine to fixed centroids; in training logits, feats, centroids, delta and norms"
+    "Scaled cosine to fixed centroids, with delta and the norms of the epoch"
     def __init__(self,
         n_in:int, # Number of features that come in
         n_out:int, # Number of classes
-        delta0:float=0.05, # delta before there is a mean norm, at least 0; 0.05 in the code
+        delta0:float=0.05, # delta before a mean norm is known, at least 0; as the code
         scale:float=7.5, # Logits are scale times the cosine; positive
-        embed:int|None=None, # A linear layer to so many features first; None: features as they come
+        embed:int|None=None, # A linear layer to so many features first; None: no layer
         spread:bool=False, # Allow fewer than n_out-1 features, with centroids far apart
     ):
         super().__init__(n_in, n_out, scale, embed, spread)
@@ -101,14 +108,14 @@ class PODHead(PEDCCHead):
     ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Scaled cosines, and in training what the loss needs"
         out = super().forward(feats)
-        return dict(out, delta=self.delta.detach(),
-                    norms=self.norms.detach()) if self.training else out
+        if not self.training: return out
+        return dict(out, delta=self.delta.detach(), norms=self.norms.detach())
 
     @torch.no_grad()
     def step(self,
         ratio:float, # The new delta in units of the mean norm, at least 0
     ):
-        "Set delta to ratio times the mean norm since the last step, and forget the norms"
+        "Set delta to ratio times the mean norm since the last step; forget the norms"
         total, n = self.norms
         self.delta.copy_(torch.where(n > 0, ratio*total/n.clamp_min(1), self.delta))
         self.norms.zero_()
@@ -119,32 +126,35 @@ class PODHead(PEDCCHead):
         self.delta.fill_(self.delta0)
         self.norms.zero_()
 
+# %% ../../nbs/losses/41_pod.ipynb #4a0dc9c0
 def count_norms(
     norms:Tensor, # Sum and number of norms so far, shape (2,); changed in place
     feats:Tensor, # Shape (batch, d)
     centroids:Tensor, # Class centroids, shape (classes, d)
-    norm_source:str='feature', # Norms of features, or of the vectors of class scores ('score')
+    norm_source:str='feature', # Norms of features, or of class scores ('score')
 ):
     "Add the norms of a batch, over all processes"
     check_hparams(pod_hypers, norm_source=norm_source)
     x = feats.detach().to(torch.promote_types(feats.dtype, torch.float32))
     if norm_source == 'score': x = x@centroids.to(x.dtype).T
     norm = torch.linalg.vector_norm(x, dim=1)
-    norms += all_sum(torch.stack([norm.sum(), norm.new_full((), len(norm))])).to(norms.dtype)
+    total = torch.stack([norm.sum(), norm.new_full((), len(norm))])
+    norms += all_sum(total).to(norms.dtype)
 
+# %% ../../nbs/losses/41_pod.ipynb #63d015a6
 class PODLoss(DiscLoss):
-    "Norm-adaptive cosine and correlation; centroids, delta and norms live in the PODHead"
+    "Norm-adaptive cosine and correlation; their state lives in the PODHead"
     hypers = pod_hypers
     def __init__(self,
         lam:float=1., # Weight of the correlation term, at least 0; 1 in the code
-        corr_reduction:str='dim', # 'dim' (as in the code), 'sum' or 'mean', see correlation_loss
+        corr_reduction:str='dim', # Divisor: d-1 ('dim', the code), 1 ('sum') or d(d-1) ('mean')
         delta0:float=0.05, # delta without a schedule, at least 0; 0.05 in the code
-        norm_source:str='feature', # Whose norm counts: 'feature', or 'score' as in the code
-        scale:float=7.5, # Evaluation only: logits are scale times the cosine. Our choice
-        embed:int|None=None, # A linear layer to so many features; None: features as they come
+        norm_source:str='feature', # Whose norm counts: 'feature', or 'score' (the code)
+        scale:float=7.5, # Logits of evaluation are scale times the cosine. Our choice
+        embed:int|None=None, # A linear layer to so many features first; None: no layer
         spread:bool=False, # Allow fewer features than classes minus one
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number a class, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: equal
     ):
         super().__init__(reduction, weight)
         self.set_hparams(lam=lam, corr_reduction=corr_reduction, delta0=delta0,
@@ -157,7 +167,7 @@ class PODLoss(DiscLoss):
         return PODHead(n_in, n_out, self.delta0, self.scale, self.embed, self.spread)
 
     def loss(self, feats, centroids, delta, targ):
-        return pod_loss(feats, targ, centroids, delta, self.lam, self.corr_reduction,
-                        reduction='none')
+        settings = delta, self.lam, self.corr_reduction
+        return pod_loss(feats, targ, centroids, *settings, reduction='none')
     def track(self, feats, centroids, norms, targ):
         count_norms(norms, feats, centroids, self.norm_source)
