@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (DiscLoss, Number, check_hparams, check_inputs, full_precision, reduce_losses)
+from ..core import (DiscLoss, Number, check_hparams, check_inputs, full_precision,
+    reduce_losses)
 
 # %% ../../nbs/losses/70_crl.ipynb #862bfdc1
 @full_precision
@@ -81,4 +82,5 @@ class CRLLoss(DiscLoss):
         super().__init__(reduction, weight)
         self.set_hparams(alpha=alpha, beta=beta)
 
-    def loss(self, logits, targ): return _competing(_odds_against(logits, targ), self.alpha, self.beta)
+    def loss(self, logits, targ):
+        return _competing(_odds_against(logits, targ), self.alpha, self.beta)
