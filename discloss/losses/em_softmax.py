@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, reduce_losses)
+from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
+    full_precision, reduce_losses)
 from ..heads import by_hand, differentiable_grads
 
 # %% ../../nbs/losses/71_em_softmax.ipynb #5d87469f
@@ -140,8 +141,8 @@ def em_softmax_loss(
     V,K = weights.shape[:2]
     check_inputs(targ, n_out=K, head_logits=head_logits)
     if head_logits.shape[1] != V*K:
-        raise ValueError(f"head_logits must have shape (batch, {V*K}) for {V} heads of {K} classes, "
-                         f"got {tuple(head_logits.shape)}")
+        raise ValueError(f"head_logits must have shape (batch, {V*K}) for {V} heads of {K} "
+                         f"classes, got {tuple(head_logits.shape)}")
     losses = _ensemble(head_logits, targ.long(), V, margin)
     if lam: losses = losses + _diversity(weights, lam, detach_others)
     return reduce_losses(losses, reduction)
@@ -160,7 +161,7 @@ def contrasts(
     n_heads:int, # Number of heads V
     like:Tensor, # Of the dtype and on the device that are wanted
 ) -> Tensor: # Shape (V, V-1), orthonormal columns
-    "Orthonormal columns that sum to 0: with them, V-1 offsets say how V heads differ from their mean"
+    "Orthonormal columns that sum to 0, by which V-1 offsets make V heads around their mean"
     # $B_{vk}\propto[v<k]-(k-1)[v=k]$, for $k=2..V$
     basis = torch.ones(n_heads, n_heads-1, dtype=like.dtype, device=like.device).triu()
     for k in range(1, n_heads): basis[k,k-1] = -k
@@ -178,7 +179,7 @@ def stacked(
     return rows.view(V, *mean.shape)
 
 class EMSoftmaxHead(Head):
-    "Linear classifiers around their mean fc; in training logits, head_logits, mean_weight and offsets"
+    "Linear classifiers around their mean fc; in training also what the loss needs"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
@@ -204,7 +205,9 @@ class EMSoftmaxHead(Head):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training also head_logits (batch, heads*classes) and weights
+    # Logits (batch, n_out); in training also head_logits (batch, heads*classes), mean_weight
+    # (classes, n_in) and offsets (heads-1, classes, n_in)
+    ) -> Tensor|dict:
         "Averaged logits, and in training what the loss needs"
         logits = self.fc(feats)
         if not self.training: return logits
@@ -219,7 +222,7 @@ class EMSoftmaxHead(Head):
 
 # %% ../../nbs/losses/71_em_softmax.ipynb #deaf76bc
 class EMSoftmaxLoss(DiscLoss):
-    "Soft margin loss of several linear classifiers, plus lam/(2*n_heads) times HSIC of their weights"
+    "Soft margin loss of several linear classifiers, plus lam/(2*n_heads) times their HSIC"
     hypers = dict(em_softmax_hypers, n_heads=Number(1, whole=True, search=(1, 4)))
     def __init__(self,
         # Number of classifiers, at least 1; 1 gives M-Softmax, the soft margin alone. Ours
