@@ -20,7 +20,7 @@ def drawn(name, b):
     "Every second time a loss as it is, else with one hyper-parameter drawn from its examples, where it goes with the others and with the batch"
     cls, rnd = all_losses()[name], random.Random(b['seed'])
     loss = cls()
-    names = sorted(loss.hypers.keys() & loss.hparams.keys() - {'sample'}) # Sampled classes are other ones in every call
+    names = sorted(loss.hypers.keys() & loss.hparams.keys())
     if not names or rnd.random() < 0.5: return loss
     k = rnd.choice(names)
     try:
@@ -42,6 +42,7 @@ class Example:
         x, y = self.x if x is None else x, self.y
         if order is not None: x, y = x[order], y[order]
         self.loss.reduction = reduction
+        torch.manual_seed(self.b['seed']) # Of lots, where a head draws them
         return self.loss(copy.deepcopy(self.head)(x), y)
 
 def finite(loss, b):
@@ -60,6 +61,7 @@ def too_large(e, x):
     "Are the entries that are not finite, in float64, larger than float16 can say?"
     feats = x.detach().double().requires_grad_()
     head = copy.deepcopy(e.head).double()
+    torch.manual_seed(e.b['seed'])
     e.loss(head(feats), e.y).backward()
     return (x.grad.isfinite() | (feats.grad.abs() > 3e4)).all()
 

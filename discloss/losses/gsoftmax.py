@@ -174,7 +174,7 @@ def _in_chunks(self:GSoftmaxLoss, own, scale, targ, feats, weight, lots):
 
 def _sampled(weight, targ, lots, sample):
     "Weights of the batch's classes and of a random share of the others, and the labels among them"
-    n = max(math.ceil(sample*len(weight)), min(len(targ), len(weight)))
+    n = max(math.ceil(sample*len(weight)), min(len(targ)+1, len(weight))) # One other class at least
     # The batch's classes draw the highest lots
     rows = lots.index_fill(0, targ, 2.).topk(n, sorted=False).indices.sort().values
     return weight[rows], torch.searchsorted(rows, targ)
