@@ -11,10 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Head, Number, Other, check_hparams, check_inputs
-from ..core import full_precision, many_classes, reduce_losses
-from ..heads import by_hand, cross_entropy_of, differentiable_grads, own_and_others
-from ..heads import square_norm
+from ..core import Choice, DiscLoss, Head, Number, Other, check_hparams
+from ..core import check_inputs, full_precision, many_classes, reduce_losses
+from ..heads import by_hand, cross_entropy_of, differentiable_grads
+from ..heads import own_and_others, square_norm
 
 # %% ../../nbs/losses/42_lgm.ipynb #75832861
 def _check_shapes(feats, means, log_var):
@@ -24,11 +24,11 @@ def _check_shapes(feats, means, log_var):
         raise ValueError(f"means must have shape (classes, {D}) like the features, got "
                          f"{tuple(means.shape)}")
     if log_var is not None and log_var.shape not in ((K, 1), (K, D)):
-        raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, got "
-                         f"{tuple(log_var.shape)}")
+        raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, "
+                         f"got {tuple(log_var.shape)}")
 
 def _unit_gaussians(x, m, prior):
-    # $x^\top\mu_k - \frac12\lVert\mu_k\rVert^2 + \log p(k) - \frac12\lVert x\rVert^2$
+    # $x^\top\mu_j - \frac12\lVert\mu_j\rVert^2 + \log p(j) - \frac12\lVert x\rVert^2$
     return F.linear(x, m, prior - square_norm(m)/2).sub_(square_norm(x)[:,None]/2)
 
 class _UnitGaussians(torch.autograd.Function):
@@ -42,7 +42,8 @@ class _UnitGaussians(torch.autograd.Function):
     def backward(ctx, grad):
         x, m, prior = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return differentiable_grads(_unit_gaussians(x, m, prior), (x, m, prior), grad)
+            logits = _unit_gaussians(x, m, prior)
+            return differentiable_grads(logits, (x, m, prior), grad)
         by_sample, by_class = grad.sum(1)[:,None], grad.sum(0)
         dx = (grad@m).addcmul_(x, by_sample, value=-1)
         dm = (grad.T@x).addcmul_(m, by_class[:,None], value=-1)
@@ -52,10 +53,10 @@ class _UnitGaussians(torch.autograd.Function):
 def gaussian_logits(
     feats:Tensor, # Shape (batch, d), floating point
     means:Tensor, # Class means, shape (classes, d)
-    log_var:Tensor|None=None, # Log variances, shape (classes, 1) or (classes, d); None: all are 1
+    log_var:Tensor|None=None, # Log variances, (classes, 1) or (classes, d); None: 0
     log_prior:Tensor|None=None, # Log class priors, shape (classes,); None: left out
 ) -> Tensor: # Shape (batch, classes)
-    "Log of prior times Gaussian density, up to a constant; its softmax is the posterior"
+    "Log of prior times density, up to a constant; its softmax is the posterior"
     _check_shapes(feats, means, log_var)
     return _score(feats, means.detach().mean(0), *_tables(means, log_var, log_prior))
 
@@ -66,26 +67,29 @@ def _tables(means, log_var, log_prior):
 
 def _score(feats, shift, means, prior, log_var=None):
     "The logits of these classes"
-    # Distances do not change when all moves to the mean of the means, and rounding errors do
-    x, m, prior = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype), prior.to(feats.dtype)
+    # Moving all to the mean of the means changes no distance, only rounding errors
+    x, m = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype)
+    prior = prior.to(feats.dtype)
     if log_var is None:
-        return _UnitGaussians.apply(x, m, prior) if by_hand() else _unit_gaussians(x, m, prior)
+        unit = _UnitGaussians.apply if by_hand() else _unit_gaussians
+        return unit(x, m, prior)
     log_var = log_var.to(feats.dtype)
     inv = torch.exp(-log_var)
     x2 = square_norm(x)[:,None] if log_var.shape[1] == 1 else x.square()
-    # $-\frac12\sum_j m_{kj}^2/v_{kj} - \frac12\log|\Lambda_k| + \log p(k)$
+    # $-\frac12\sum_k\mu_{jk}^2/v_{jk} - \frac12\log|\Lambda_j| + \log p(j)$
     constant = prior - (m*m*inv).sum(1)/2 - log_var.mean(1)*feats.shape[1]/2
-    # $\sum_j x_jm_{kj}/v_{kj} - \frac12\sum_j x_j^2/v_{kj}$
+    # $\sum_k x_k\mu_{jk}/v_{jk} - \frac12\sum_k x_k^2/v_{jk}$
     return F.linear(x, m*inv, constant) - F.linear(x2, inv/2)
 
+# %% ../../nbs/losses/42_lgm.ipynb #20d677cc
 covariances = 'identity', 'isotropic', 'diagonal'
 
 def _check_prior(name, prior):
     if prior is None: return
     p = torch.as_tensor(prior, dtype=torch.float64)
     if p.ndim == 1 and (p > 0).all() and (p.sum()-1).abs() < 1e-3: return
-    raise ValueError(f"{name} must be a positive number for each class, with the sum 1, or None, "
-                     f"got {prior}")
+    raise ValueError(f"{name} must be a positive number for each class, with the sum 1, "
+                     f"or None, got {prior}")
 
 lgm_hypers = dict(
     alpha=Number(0, search=(0.01, 1.), log=True),
@@ -95,69 +99,72 @@ lgm_hypers = dict(
     prior=Other(_check_prior, (None, [0.4, 0.3, 0.1, 0.1, 0.1])),
 )
 
+# %% ../../nbs/losses/42_lgm.ipynb #399eca46
 @full_precision
 def lgm_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     means:Tensor, # Class means, shape (classes, d)
-    log_var:Tensor|None=None, # Log variances, shape (classes, 1) or (classes, d); None: all are 1
+    log_var:Tensor|None=None, # Log variances, (classes, 1) or (classes, d); None: 0
     log_prior:Tensor|None=None, # Log class priors, shape (classes,); None: uniform
-    alpha:float|Tensor=0.3, # Margin, at least 0; 0.3 in the authors' code for CIFAR, 1 for MNIST
-    lam:float|Tensor=0.1, # Weight of the likelihood, at least 0; 0.1 in the authors' code for CIFAR
+    alpha:float|Tensor=0.3, # Margin, at least 0; the code's for CIFAR, 1 for MNIST
+    lam:float|Tensor=0.1, # Weight of the likelihood, at least 0; the code's for CIFAR
     reduction:str='mean', # 'mean', 'sum' or 'none'
-    logits:Tensor|None=None, # What gaussian_logits gives, if known; None: made in chunks
+    logits:Tensor|None=None, # Of gaussian_logits, if known; None: made in chunks
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Cross-entropy of the posterior with margin, plus lam times the negative log-likelihood"
+    "Cross-entropy with margin, plus lam times the negative log-likelihood"
     check_inputs(targ, n_out=len(means), feats=feats)
     _check_shapes(feats, means, log_var)
     check_hparams(lgm_hypers, alpha=alpha, lam=lam)
     targ = targ.long()
-    # $\ell_{z_i}$
+    # $z_{iy_i}$
     if logits is None:
         own, others = own_and_others(_score, targ, (feats, means.detach().mean(0)),
                                      _tables(means, log_var, log_prior))
     else: own = logits.gather(1, targ[:,None])[:,0]
-    # $d_{z_i}$, exact as a value; its derivatives are those of
-    # $-\ell_{z_i}-\frac12\log|\Lambda_{z_i}|$
-    d, volume = _own_distance(feats.detach(), targ, means.detach(), log_var)
+    # $r_{y_i}$, exact as a value; its derivatives are those of
+    # $-z_{iy_i}-\frac12\log|\Lambda_{y_i}|$
+    r, volume = _own_distance(feats.detach(), targ, means.detach(), log_var)
     rounded = -own - volume
-    d = d + (rounded - rounded.detach())
-    # $\ell_{z_i}-\alpha d_{z_i}$
-    less = (-alpha*d).to(own.dtype)
+    r = r + (rounded - rounded.detach())
+    # $z_{iy_i}-\alpha r_{y_i}$
+    less = (-alpha*r).to(own.dtype)
     if logits is None: posterior = cross_entropy_of(own+less, others)
     else:
-        posterior = F.cross_entropy(logits.scatter_add(1, targ[:,None], less[:,None]), targ,
-                                    reduction='none')
-    # $L_{cls}+\lambda\,(d_{z_i}+\frac12\log|\Lambda_{z_i}|)$
-    return reduce_losses(posterior + lam*(d+volume), reduction)
+        with_margin = logits.scatter_add(1, targ[:,None], less[:,None])
+        posterior = F.cross_entropy(with_margin, targ, reduction='none')
+    # $\mathcal L_{cls}+\lambda\,(r_{y_i}+\frac12\log|\Lambda_{y_i}|)$
+    return reduce_losses(posterior + lam*(r+volume), reduction)
 
 def _own_distance(feats, targ, means, log_var):
     "Half the squared distance to the own mean, exactly, and half the log determinant"
-    square = F.mse_loss(feats, means.index_select(0, targ).to(feats.dtype), reduction='none')
-    # $\frac12\sum_j(x_{ij}-\mu_{z_ij})^2$
+    own = means.index_select(0, targ).to(feats.dtype)
+    square = F.mse_loss(feats, own, reduction='none')
+    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2$
     if log_var is None: return square.sum(1)/2, feats.new_zeros(len(feats))
     v = log_var.index_select(0, targ).to(feats.dtype)
-    # $\frac12\sum_j(x_{ij}-\mu_{z_ij})^2/v_{z_ij}$, and $\frac12\log|\Lambda_{z_i}|$
+    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2/v_{y_ik}$, and $\frac12\log|\Lambda_{y_i}|$
     return (square*torch.exp(-v.detach())).sum(1)/2, v.mean(1)*feats.shape[1]/2
 
+# %% ../../nbs/losses/42_lgm.ipynb #36ddc2f7
 @full_precision
 def log_likelihood(
     logits:Tensor, # Of an LGMHead in evaluation, shape (batch, classes)
     n_feats:int, # Number of features, d
 ) -> Tensor: # Shape (batch,)
-    "Log-likelihood of features under the mixture; low for images unlike all of the training"
-    # $\log\sum_k p(k)\,\mathcal N(x;\mu_k,\Lambda_k)=\log\sum_ke^{\ell_k}-\frac D2\log2\pi$
+    "Log-likelihood of features under the mixture"
+    # $\log\sum_j p(j)\,\mathcal N(x;\mu_j,\Lambda_j)=\log\sum_je^{z_j}-\frac d2\log2\pi$
     return logits.logsumexp(1) - n_feats*math.log(2*math.pi)/2
 
 # %% ../../nbs/losses/42_lgm.ipynb #4919518e
 class LGMHead(Head):
-    "A Gaussian for each class; logits are those of the Bayes posterior; in training a dict"
+    "A Gaussian for each class; the softmax of its logits is the posterior"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
-        covariance:str='identity', # Variances: all 1, one a class, or one a class and feature
-        min_var:float=0.05, # Learned variances stay above this; in [0, 1). Our choice
-        prior:list|None=None, # Class probabilities, n_out numbers that sum to 1; None: uniform
+        covariance:str='identity', # 'identity', 'isotropic' or 'diagonal'
+        min_var:float=0.05, # Floor of learned variances, in [0, 1). Our choice
+        prior:list|None=None, # Class probabilities, with the sum 1; None: uniform
         chunked:bool|None=None, # Leave the logits to the loss? None: above many_classes
     ):
         super().__init__(n_in, n_out)
@@ -165,18 +172,20 @@ class LGMHead(Head):
         uniform = torch.full((n_out,), 1/n_out)
         p = uniform if prior is None else torch.as_tensor(prior, dtype=torch.float32)
         if len(p) != n_out:
-            raise ValueError(f"prior must have {n_out} numbers, one for each class, got {len(p)}")
+            raise ValueError(f"prior must have {n_out} numbers, one for each class, "
+                             f"got {len(p)}")
         self.covariance,self.min_var = covariance,min_var
         self.chunked = n_out > many_classes if chunked is None else chunked
         self.means = nn.Parameter(nn.init.kaiming_normal_(torch.empty(n_out, n_in)))
         if covariance != 'identity':
-            self.rho = nn.Parameter(torch.zeros(n_out, 1 if covariance == 'isotropic' else n_in))
+            n_var = 1 if covariance == 'isotropic' else n_in
+            self.rho = nn.Parameter(torch.zeros(n_out, n_var))
         self.register_buffer('log_prior', p.log())
         # Shares of alpha and lam that count now
         self.register_buffer('ramp', torch.ones(2), persistent=False)
 
     @property
-    def log_var(self) -> Tensor|None: # Shape (n_out, 1) or (n_out, n_in); None for 'identity'
+    def log_var(self) -> Tensor|None: # (n_out, 1) or (n_out, n_in); None for 'identity'
         "Logarithms of the variances"
         if self.covariance == 'identity': return None
         # $v=v_0+(1-v_0)e^\rho$
@@ -188,8 +197,8 @@ class LGMHead(Head):
         "Logits of the Bayes posterior, and in training what the loss needs"
         log_var, prior = self.log_var, self.log_prior.detach()
         if not self.training: return gaussian_logits(feats, self.means, log_var, prior)
-        out = dict(feats=feats, means=self.means.view_as(self.means), ramp=self.ramp.detach(),
-                   log_prior=prior)
+        out = dict(feats=feats, means=self.means.view_as(self.means),
+                   ramp=self.ramp.detach(), log_prior=prior)
         if log_var is not None: out['log_var'] = log_var
         if self.chunked: return out
         return dict(out, logits=gaussian_logits(feats, self.means, log_var, prior))
@@ -197,24 +206,27 @@ class LGMHead(Head):
     def extra_repr(self):
         return f'n_in={self.n_in}, n_out={self.n_out}, covariance={self.covariance!r}'
 
+# %% ../../nbs/losses/42_lgm.ipynb #7d44ee4c
 class LGMLoss(DiscLoss):
     "Large-margin Gaussian mixture loss; means and variances live in the LGMHead"
     hypers = lgm_hypers
     def __init__(self,
-        alpha:float=0.3, # Margin, at least 0; 0.3 in the authors' code for CIFAR, 1 for MNIST
-        lam:float=0.1, # Weight of the likelihood, at least 0; 0.1 in the authors' code for CIFAR
-        covariance:str='identity', # 'identity' (the authors' for CIFAR), 'isotropic' or 'diagonal'
-        min_var:float=0.05, # Learned variances stay above this; in [0, 1). Our choice
-        prior:list|None=None, # Class probabilities; None: uniform, as in the authors' code
+        alpha:float=0.3, # Margin, at least 0; the code's for CIFAR, 1 for MNIST
+        lam:float=0.1, # Weight of the likelihood, at least 0; the code's for CIFAR
+        covariance:str='identity', # 'identity' (the code's), 'isotropic' or 'diagonal'
+        min_var:float=0.05, # Floor of learned variances, in [0, 1). Our choice
+        prior:list|None=None, # Class probabilities; None: uniform, as in the code
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number a class, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: equal
     ):
         super().__init__(reduction, weight)
-        self.set_hparams(alpha=alpha, lam=lam, covariance=covariance, min_var=min_var, prior=prior)
+        self.set_hparams(alpha=alpha, lam=lam, covariance=covariance, min_var=min_var,
+                         prior=prior)
 
     def head(self, n_in, n_out):
         return LGMHead(n_in, n_out, self.covariance, self.min_var, self.prior)
     def loss(self, feats, means, ramp, targ, logits=None, log_var=None, log_prior=None):
-        alpha, lam = self.alpha*ramp[0].to(feats.dtype), self.lam*ramp[1].to(feats.dtype)
-        return lgm_loss(feats, targ, means, log_var, log_prior, alpha, lam, reduction='none',
-                        logits=logits)
+        ramp = ramp.to(feats.dtype)
+        alpha, lam = self.alpha*ramp[0], self.lam*ramp[1]
+        gaussians = means, log_var, log_prior
+        return lgm_loss(feats, targ, *gaussians, alpha, lam, 'none', logits)
