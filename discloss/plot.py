@@ -382,7 +382,7 @@ def _grid(n, size, ncols, labels, foot):
         leg.get_title().set_color(ink)
     return axs[:n], legend
 
-# %% ../nbs/05_plot.ipynb #e4d1a8a8
+# %% ../nbs/05_plot.ipynb #ffbf9914
 def _chosen(panels, scores, most):
     "Titles to draw, best first where there are scores, and those left out"
     titles = list(panels)
@@ -391,6 +391,37 @@ def _chosen(panels, scores, most):
         titles = sorted(titles, key=key)
     return titles[:most], titles[most:]
 
+def _score_note(title, scores, name, drawn):
+    "The score below a title; an empty panel has none that is not finite"
+    if scores is None or title not in scores: return None
+    if not drawn and not np.isfinite(scores[title]): return None
+    return f'{name} {scores[title]:.3f}'
+
+def _class_labels(vocab, n, size, names, legend):
+    "Words in the badges, whether there are badges, and labels of the legend (none without one)"
+    vocab = [_shorter(o) for o in (range(n) if vocab is None else vocab)]
+    short = max(map(len, vocab)) <= 2
+    words = vocab if short else [str(i+1) for i in range(n)]
+    badges = _room(n, size) if names is None else names
+    if legend is None: legend = not (short and badges) # Else the badges say all
+    if not legend: return words, badges, []
+    if short or not badges: return words, badges, vocab
+    return words, badges, [f'{w}  {o}' for w,o in zip(words, vocab)]
+
+def _flattened(data, n, centers, share):
+    "What is drawn of each panel that did not diverge, and the square around it"
+    flat = {}
+    for k,(f,t) in data.items():
+        if f is None: continue
+        c,used = _centers(k, f, t, n, centers)
+        flat[k] = *_project(f, c), t.numpy(), used.tolist()
+    limits = {k: _square(f, c) for k,(f,c,*_) in flat.items()}
+    if not share or not limits: return flat, limits
+    corners = [[mid-half/1.12, mid+half/1.12] for mid,half in limits.values()]
+    corners = np.concatenate(corners)
+    return flat, dict.fromkeys(limits, _square(corners, corners))
+
+# %% ../nbs/05_plot.ipynb #e4d1a8a8
 def plot_features(
     # Title -> (feats, targ): shape (n, 2) or wider, and class indices (n,); not finite means
     # diverged
@@ -421,44 +452,28 @@ def plot_features(
         raise ValueError(f"centers must have the titles of panels, {list(data)}, got "
                          f"{list(centers)}")
     n = len(vocab) if vocab is not None else 1 + max(int(t.max()) for _,t in data.values())
-    vocab,styles = [_shorter(o) for o in (range(n) if vocab is None else vocab)],class_styles(n)
+    styles = class_styles(n)
     if size is None:
         size = 4 if n > 40 and len(data) <= 4 else 3.2 if n > 20 and len(data) <= 6 else 2.7
     shown,left_out = _chosen(data, scores, len(data) if axs is not None else max_panels)
-    short = max(map(len, vocab)) <= 2
-    words = vocab if short else [str(i+1) for i in range(n)]
-    badges = _room(n, size) if names is None else names
-    wants = (not (short and badges)) if legend is None else legend
-    labels = [o if short or not badges else f'{w}  {o}'
-              for w,o in zip(words, vocab)] if wants else []
+    words,badges,labels = _class_labels(vocab, n, size, names, legend)
+    flat,limits = _flattened({k: data[k] for k in shown}, n, centers, share)
     foot = f"not shown: {', '.join(map(str, left_out))}" if left_out else None
-    flat = {}
-    for k in shown:
-        f,t = data[k]
-        if f is None: continue
-        c,used = _centers(k, f, t, n, centers)
-        flat[k] = *_project(f, c), t.numpy(), used.tolist()
-    limits = {k: _square(f, c) for k,(f,c,*_) in flat.items()}
-    if share and limits:
-        corners = np.concatenate([[mid-half/1.12, mid+half/1.12] for mid,half in limits.values()])
-        limits = dict.fromkeys(limits, _square(corners, corners))
     ncols = ncols or (2 if size == 4 else 3 if len(shown) < 7 else 4)
     with plot_style():
-        if axs is None:
-            axs,put_legend = _grid(len(shown), (size,size+0.25*(scores is not None)), ncols, labels,
-                                   foot)
+        height = size if scores is None else size+0.25
+        if axs is None: axs,put_legend = _grid(len(shown), (size,height), ncols, labels, foot)
         else: axs,put_legend = _axes(len(shown), axs, None, None), None
         for i,(ax,k) in enumerate(zip(axs, shown)):
-            score = None if scores is None or k not in scores else f'{score_name} {scores[k]:.3f}'
+            score = _score_note(k, scores, score_name, k in flat)
             if k not in flat:
-                _say_diverged(ax, k, score if score and np.isfinite(scores[k]) else None)
+                _say_diverged(ax, k, score)
                 continue
             f,c,zero,note,(xlabel,ylabel),t,_ = flat[k]
             mid,half = limits[k]
             _draw_features(ax, f, c, zero, t, styles, max_points, half, mid)
-            first = i % ncols == 0 or f"PC" in xlabel
-            _say(ax, k, ', '.join(o for o in (score,note) if o) or None, xlabel,
-                 ylabel if first else None)
+            if i % ncols and 'PC' not in xlabel: ylabel = None
+            _say(ax, k, ', '.join(o for o in (score,note) if o) or None, xlabel, ylabel)
         handles = [Line2D([], [], linestyle='', markersize=5, **s) for s in styles]
         badge = 'center' if centers else 'mean'
         title = f'class, and its {badge}' if badges else 'class'
