@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Difference', 'paired', 'interval', 'p_differs', 'paired_images', 'bootstrap', 'seeds_for', 'p_equal', 'holm',
-           'verdict', 'against', 'reference', 'plot_differences', 'keeps_up', 'winner', 'Ranks', 'rank_test',
-           'critical_difference', 'plot_ranks']
+           'verdict', 'against', 'reference', 'plot_differences', 'keeps_up', 'winner', 'paired_folds', 'Ranks',
+           'rank_test', 'critical_difference', 'plot_ranks']
 
 # %% ../nbs/09_statistics.ipynb #84b861be
 import math
@@ -183,7 +183,9 @@ def _needed(d, margin, alpha):
 
 # %% ../nbs/09_statistics.ipynb #502b6718
 def against(
-    scores:dict, # Entry -> scores (n_seeds,), or what was right (n_seeds, n_images); or dicts by seed
+    # Entry -> scores (n_seeds,), or what was right (n_seeds, n_images); or dicts by seed,
+    # or by (fold, seed) with what was right in that fold
+    scores:dict,
     ref:str|None=None, # The reference; None: cross-entropy if it is there, else the first entry
     margin:float=0.003, # What counts as equal
     ratio:float=0., # See `paired`
@@ -236,8 +238,16 @@ def _mean(v):
 def _difference(v, ref, ratio):
     seeds = [s for s in ref if s in v]
     if len(seeds) < 2: return None
+    if isinstance(seeds[0], tuple) and np.ndim(v[seeds[0]]): return _of_folds(v, ref, seeds)
     a, b = np.stack([v[s] for s in seeds]), np.stack([ref[s] for s in seeds])
     return paired(a, b, ratio) if a.ndim == 1 else paired_images(a, b)
+
+def _of_folds(v, ref, runs):
+    "The difference over runs that are called (fold, seed)"
+    folds = {}
+    for run in runs: folds.setdefault(run[0], []).append(run)
+    return paired_folds([(np.stack([v[r] for r in rs]), np.stack([ref[r] for r in rs]))
+                         for rs in folds.values()])
 
 # %% ../nbs/09_statistics.ipynb #2acea5c6
 def plot_differences(
@@ -297,6 +307,39 @@ def winner(
     rivals = {k: [o for o in names if o != k] for k in names}
     best = [k for k in names if rivals[k] and all(beats(k, o) for o in rivals[k])]
     return best[0] if best else None
+
+# %% ../nbs/09_statistics.ipynb #c1e9de62
+def paired_folds(
+    folds, # For each fold a pair: what the entry and the reference had right, (n_seeds, n_images)
+) -> Difference: # Raises `ValueError` for no fold, other shapes, NaN
+    "The difference of two losses over the folds of a cross-validation"
+    ds = [_gap(a, b) for a,b in folds]
+    if not ds: raise ValueError("expected at least one fold, got none")
+    if len(ds) == 1 and len(ds[0]) > 1: return paired_images(*folds[0])
+    S, N = np.array([d.shape for d in ds]).T
+    w, F = N/N.sum(), len(ds)
+    d = np.array([o.mean() for o in ds])
+    images = w**2*[o.mean(0).var(ddof=1)/o.shape[1] for o in ds]
+    df = max(1, (S-1).sum())
+    seeds = (w**2/S).sum()*max(0., sum(map(_seeds_part, ds))/df)
+    between = F/max(1, F-1)*(w**2*(d-w@d)**2).sum()
+    within = images.sum()+seeds
+    excess = max(0., between-within)
+    spread = (images**2/(N-1)).sum() + seeds**2/df + excess**2/max(1, F-1)
+    se2 = within+excess
+    return Difference(w@d, S.sum(), S.sum()*seeds, se2-seeds, se2**2/spread if spread else None)
+
+def _gap(a, b):
+    "The difference of what was right; checked"
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if len(a) > 1: return np.subtract(*_pair(a, b, 2))
+    return np.subtract(*(o[:1] for o in _pair(np.repeat(a, 2, 0), np.repeat(b, 2, 0), 2)))
+
+def _seeds_part(d):
+    "Sum of squares of the means of seeds, without the part of single answers"
+    seed = d.mean(1, keepdims=True)-d.mean()
+    rest = d-d.mean(0)-seed
+    return (seed**2).sum() - (rest**2).sum()/(d.shape[1]*(d.shape[1]-1))
 
 # %% ../nbs/09_statistics.ipynb #743a3a51
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ class Tier:
     trials:int = 10 # Of the search, for each entry and fold; 0: defaults
     tries:int = 1 # Seeds of each trial
     only:tuple|None = None # Labels of entries; None: all
+    classes:int = 10
+    margin:float = 0.01 # Accuracies that differ by less count as equal
 
 _narrow = partial(small_body, width=16)
 
@@ -218,19 +220,21 @@ def _frozen(title, name, **kwargs):
 
 tiers = {
     'digits': Tier('Digits, nested cross-validation', digits_fold, _narrow,
-                   folds=5, seeds=4, trials=10, tries=2),
-    'flowers': _frozen('Flowers, frozen features', 'flowers12', seeds=20, epochs=15, trials=20),
+                   folds=5, seeds=4, trials=10, tries=2, margin=0.003),
+    'flowers': _frozen('Flowers, frozen features', 'flowers12', seeds=20, epochs=15, trials=20,
+                       classes=12),
     'characters': Tier('Unseen characters', character_loaders, partial(small_body, width=16, n_feats=128),
-                       folds=3, seeds=1, epochs=12, trials=4),
+                       folds=3, seeds=1, epochs=12, trials=4, classes=121),
     'noise40': _shift('noise 40%'),
     'tail': _shift('100:1'),
     'few': _shift('ten a class'),
     'cifar100_frozen': _frozen('CIFAR-100, frozen features', 'cifar100', n_train=5000, n_eval=5000,
-                               seeds=10, epochs=10, trials=8),
+                               seeds=10, epochs=10, trials=8, classes=100),
     'noise20': _shift('noise 20%'),
-    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6),
+    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, margin=0.001),
     'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=8, trials=4, only=few),
-    'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4, only=few),
+    'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4, only=few,
+                        classes=100),
 }
 
 # %% ../nbs/24_study.ipynb #35596e00
