@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision, gather_samples,
-    reduce_losses)
+from ..core import (Choice, DiscLoss, Number, check_hparams, check_inputs,
+    full_precision, gather_samples, reduce_losses)
 from ..heads import LinearHead, squared_distances, unit
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #44bd4aa1
@@ -33,7 +33,7 @@ def _distances(feats, metric, relative):
     return d/torch.where(u > torch.finfo(d.dtype).tiny, u, 1)
 
 def _own_rows(feats, targ, metric, relative):
-    "Distances of this process's samples to those of all processes, and all labels; own samples first"
+    "Distances of this process's samples to those of all, and all labels; own samples first"
     x, y = gather_samples(feats, targ)
     return _distances(x, metric, relative)[:len(feats)], y
 
@@ -64,8 +64,9 @@ def soft_nn_loss(
     metric:str='euclidean', # Squared Euclidean distance, or 'cosine', one minus the cosine
     # Temperature in units of the mean distance over pairs? Our choice; the paper's is absolute
     relative:bool=False,
-) -> Tensor: # A scalar, or shape (batch,); at least 0, and 0 for a sample that is alone in its class
-    "Minus the logarithm of the probability that a neighbour, near ones more likely, has the same label"
+# A scalar, or shape (batch,); at least 0, and 0 for a sample that is alone in its class
+) -> Tensor:
+    "Minus the log of the probability that a neighbour, near ones more likely, has the same label"
     check_inputs(targ, feats=feats)
     check_hparams(soft_nn_hypers, temperature=temperature, metric=metric, relative=relative)
     if isinstance(temperature, Tensor) and not (temperature > 0).all():
@@ -125,7 +126,7 @@ class SoftNNHead(LinearHead):
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #0d435922
 class SoftNNLoss(DiscLoss):
-    "Cross-entropy plus lam times soft nearest neighbour loss; the SoftNNHead learns the temperature"
+    "Cross-entropy plus lam times soft nearest neighbour loss, with a learned temperature"
     hypers = dict(soft_nn_hypers,
         lam=Number(search=(0.1, 10.), log=True),
         speed=Number(0, search=(0.1, 10.), log=True),
