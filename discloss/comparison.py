@@ -4,16 +4,18 @@
 __all__ = ['measures', 'better', 'Comparison', 'load_outputs', 'save_outputs', 'save_comparison', 'load_comparison']
 
 # %% ../nbs/13_comparison.ipynb #bcf89eb3
-import json, math, zipfile, zlib
+import json, math, textwrap, zipfile, zlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.lines import Line2D
 from scipy.stats import ttest_rel
 
-from .plot import plot_curves, plot_features, plot_scores, plot_style
+from .plot import (class_styles, loss_style, plot_curves, plot_features, plot_scores,
+                           plot_style)
 from .store import read_results, write_whole
 
 # %% ../nbs/13_comparison.ipynb #538b8a18
@@ -184,37 +186,95 @@ def summary(self:Comparison) -> str:
 
 # %% ../nbs/13_comparison.ipynb #bcca376f
 @patch
-# Features of each loss above, learning curves and scores below
+# Features of each loss above with the names of the classes, learning curves and scores below
 def plot(self:Comparison) -> plt.Figure:
-    "Test features of the first seed, validation accuracy by epoch, scores of each seed"
-    shown = dict(list(self.feats.items())[:12])
-    ncols = max(3, min(4, len(shown)))
-    nrows = math.ceil(len(shown)/ncols)
-    height = max(2.6, 0.32*len(self.labels)+1.2)
+    "Test features of the first seed, the best loss first; validation accuracy; scores of each seed"
+    for k in self.labels: loss_style(k)  # Colours go by the order of the losses
+    feats, rows = self.feats, [_wrapped(k) for k in _learned(self)]
+    names = max(_inches(line) for k in rows for line in k.split('\n'))
+    widths = [3.5+names, 2.8+names, 2.8+names]
+    lines = max(k.count('\n') for k in rows)+1
+    numbers = max(2.6, 1.2 + len(rows)*(0.17+0.15*lines))
+    ncols = max(3, min(4, len(feats)))
+    width = max(3.4*ncols, sum(widths))
+    heights = [3.5*math.ceil(min(len(feats), 12)/ncols), _legend_height(self, width), numbers]
     with plot_style():
-        fig = plt.figure(figsize=(3.6*ncols, 3.2*nrows+height), layout='constrained')
-        bottom = fig
-        if shown:
-            top, bottom = fig.subfigures(2, 1, height_ratios=[3.2*nrows, height])
-            axs = top.subplots(nrows, ncols, squeeze=False).ravel()
-            for ax in axs[len(shown):]: ax.axis('off')
-            plot_features(shown, vocab=self.vocab, ncols=ncols, axs=axs[:len(shown)])
-        _plot_numbers(self, *bottom.subplots(1, 3))
+        fig = plt.figure(figsize=(width, sum(heights)), layout='constrained')
+        top, legend, bottom = fig.subfigures(3, 1, height_ratios=[max(h, .01) for h in heights])
+        if feats: _plot_feats(self, feats, top, ncols)
+        if heights[1]: _name_classes(self, legend, width)
+        _plot_numbers(self, bottom, widths)
     plt.close(fig) # Shown once, as the value of a cell
     return fig
 
-def _plot_numbers(cmp, a, b, c):
+def _learned(cmp):
+    "The losses with a run that learned; all where there is none"
+    able = [k for k in cmp.labels if any(not r.get('trouble') for r in cmp.of(k))]
+    return able or cmp.labels
+
+def _wrapped(label): return textwrap.fill(label, 24)
+def _inches(text): return 0.06*len(text) # As wide as letters of 8 points are
+
+def _left_out(fig, what, shown, cmp):
+    rest = [k for k in cmp.labels if k not in shown]
+    if rest: fig.supxlabel(f'{what}: {_join(rest)}', fontsize=8)
+
+# %% ../nbs/13_comparison.ipynb #1557de70
+def _plot_feats(cmp, feats, fig, ncols, most=12):
+    "A panel for each of the best losses"
+    accs = {k: np.mean([v for v in cmp.values(k, 'test', 'accuracy')]) for k in feats}
+    best = sorted(feats, key=lambda k: -np.nan_to_num(accs[k]))[:most]
+    axs = fig.subplots(math.ceil(len(best)/ncols), ncols, squeeze=False).ravel()
+    for ax in axs[len(best):]: ax.axis('off')
+    plot_features({_wrapped(k): feats[k] for k in best}, vocab=cmp.vocab,
+                  scores={_wrapped(k): accs[k] for k in best}, score_name='mean accuracy',
+                  legend=False, size=3, ncols=ncols, axs=axs[:len(best)])
+    _left_out(fig, 'features not shown', best, cmp)
+
+def _class_names(cmp):
+    "Names with the numbers that stand on the badges; none where the badges say it all"
+    vocab = [str(v) for v in cmp.vocab or []]
+    short = max(map(len, vocab), default=0) <= 2
+    return [] if short else [f'{i}  {v[:60]}' for i,v in enumerate(vocab, 1)]
+
+def _legend_columns(names, width):
+    return max(1, int((width-0.5)/(0.6+max(map(_inches, names)))))
+
+def _legend_height(cmp, width):
+    "Inches for the names of the classes; 0 where there are none, or too many"
+    names = _class_names(cmp)
+    if not names or not cmp.feats: return 0
+    height = 0.4 + 0.17*math.ceil(len(names)/_legend_columns(names, width))
+    return height if height < width else 0
+
+def _name_classes(cmp, fig, width):
+    names = _class_names(cmp)
+    handles = [Line2D([], [], linestyle='', markersize=5, **s) for s in class_styles(len(names))]
+    fig.legend(handles, names, ncols=_legend_columns(names, width), loc='upper center',
+               title='classes', fontsize=8, title_fontsize=8, handletextpad=0.3)
+
+# %% ../nbs/13_comparison.ipynb #912d08a1
+def _curve(cmp, label):
+    "Validation accuracy, shape (n_seeds, n_epochs); NaN where a run had stopped"
+    longest = max(1, *(len(r['epochs']) for r in cmp.results))
+    curves = np.full((len(cmp.of(label)), longest), np.nan)
+    for i,r in enumerate(cmp.of(label)):
+        for j,e in enumerate(r['epochs']): curves[i,j] = _number(e.get('accuracy'))
+    return curves
+
+def _number(v): return math.nan if v is None else v
+
+def _plot_numbers(cmp, fig, widths):
     "Curves and scores of the runs"
-    curves = {k: [[e['accuracy'] for e in r['epochs']] for r in cmp.of(k)
-                  if not r.get('trouble')] for k in cmp.labels}
-    curves = {k: np.array(v) for k,v in curves.items() if v}
-    if curves: plot_curves(curves, ylabel='validation accuracy', ax=a)
+    a, b, c = (part.subplots() for part in fig.subfigures(1, 3, width_ratios=widths))
+    shown = _learned(cmp)
+    plot_curves({_wrapped(k): _curve(cmp, k) for k in shown}, ylabel='validation accuracy', ax=a)
     compact = 'variance ratio (less is more compact)'
     for ax,measure,xlabel in (b,'accuracy','test accuracy'), (c,'variance_ratio',compact):
-        values = {k: [v for v in cmp.values(k, 'test', measure) if math.isfinite(v)] for k
-                  in cmp.labels}
-        values = {k: v for k,v in values.items() if v}
-        if values: plot_scores(values, xlabel=xlabel, ax=ax)
+        more = measures['test',measure][2]
+        values = {_wrapped(k): cmp.values(k, 'test', measure) for k in shown}
+        plot_scores(values, xlabel=xlabel, more=more, ax=ax)
+    _left_out(fig, 'did not learn', shown, cmp)
 
 # %% ../nbs/13_comparison.ipynb #fcae32e7
 def load_outputs(

@@ -112,7 +112,8 @@ def loss_style(
     name:str, # Name of a loss
 ) -> dict: # color, marker and linestyle, for ax.plot
     "The look of a loss: grey for cross-entropy; other names get the next free look, and keep it"
-    if str(name).lower() in _baselines: return dict(color=ink, marker='o', linestyle='-')
+    name = ' '.join(str(name).split()) # A name in two lines is the same name
+    if name.lower() in _baselines: return dict(color=ink, marker='o', linestyle='-')
     i = _slots.setdefault(name, len(_slots))
     return dict(color=loss_colors[i%10], marker=_markers[1:][i%9],
                 linestyle=('-','--',':')[i//10%3])

@@ -7,6 +7,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import params
+from matplotlib.axes import Axes
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 import discloss.runs as runs
 from discloss.bodies import bodies, lenetpp, small_body
@@ -185,6 +188,61 @@ def test_defaults_learn(arch):
 def test_every_known_set_has_a_default_that_is_tested():
     assert set(default_arch.values()) <= set(bodies) and {a: default_lr(a) for a in bodies} == runs.default_lrs
     assert default_lr(functools.partial(lenetpp, n_feats=3)) == default_lr('lenetpp') == 2e-3
+
+# ---- the picture
+
+def pictured(losses, vocab, seeds=3, failed=()):
+    "A comparison with features of classes with these names"
+    rng, targ = np.random.default_rng(0), np.tile(np.arange(len(vocab)), 6).astype(np.int32)
+    means, rows, said = 5*rng.normal(size=(len(vocab), 8)), [], {}
+    for i,k in enumerate(losses):
+        for s in range(seeds):
+            bad = f'{k} diverged' if k in failed else None
+            rows.append(row(k, s, None if bad else .9+.01*i+.001*s, bad, variance_ratio=None if bad else .1+.01*i))
+            feats = (means[targ]+rng.normal(size=(len(targ), 8))).astype(np.float16)
+            if not bad: said[f'{k}{s}'] = dict(targ=targ, feats=feats)
+    return Comparison(rows, said, list(vocab))
+
+def boxes_of(fig):
+    "Where each text is that stands beside an axis, above a panel, or in a legend"
+    fig.draw_without_rendering()
+    frame, found = fig.bbox.extents, []
+    for ax in fig.findobj(Axes):
+        if not ax.axison: continue
+        box = ax.get_window_extent()
+        assert min(box.width, box.height) > 1.2*fig.dpi, 'a panel is too small'
+        marks = [t.label1 for a in (ax.xaxis,ax.yaxis) for t in a.get_major_ticks() if a.get_view_interval()[0] <= t.get_loc() <= a.get_view_interval()[1]]
+        found += [t for t in (*marks, ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]
+    for legend in fig.findobj(Legend): found += legend.get_texts()
+    boxes = [(t.get_text(), t.get_window_extent().extents) for t in found]
+    for text,b in boxes: assert frame[0] <= b[0] and frame[1] <= b[1] and b[2] <= frame[2] and b[3] <= frame[3], f'{text!r} leaves the picture'
+    return boxes
+
+long = [f'{a} {b}' for b in ('Grasshopper Warbler','Shearwater (Mediterranean)','Scissor-tailed Hummingbird') for a in ('Lesser','Great_Crested','Black-throated','Red-necked','White-winged')]
+pictures = {'two classes': (['crossentropy','center'], ['cat','dog']), 'long names': (['crossentropy','arcface(scale=30.0, margin=0.3)','center(lam=0.001, alpha=0.5), lr=0.001'], [f'{n} {i}' for i in range(2) for n in long]),
+            'a hundred classes': (['crossentropy','center'], [f'{n} {i}' for i in range(7) for n in long][:100]), 'one loss': (['center'], list('abc')),
+            'fourteen losses': ([f'loss{i}(lam={i})' for i in range(13)]+['crossentropy'], ['yes','no'])}
+
+@pytest.mark.parametrize('case', pictures)
+def test_nothing_in_the_picture_covers_anything(case):
+    fig = pictured(*pictures[case]).plot()
+    boxes = boxes_of(fig)
+    for i,(s,a) in enumerate(boxes):
+        for t,b in boxes[:i]:
+            assert min(a[2],b[2])-max(a[0],b[0]) < 1 or min(a[3],b[3])-max(a[1],b[1]) < 1, f'{s!r} and {t!r} overlap'
+
+def texts_of(fig): return [t.get_text() for t in fig.findobj(Text)]
+
+def test_the_picture_has_the_best_losses_and_names_the_rest():
+    losses, vocab = pictures['fourteen losses']
+    texts = texts_of(pictured(losses, vocab, failed=['loss3(lam=3)']).plot())
+    titles = [t for t in texts if t in losses]
+    assert titles[:2] == ['crossentropy','loss12(lam=12)'] # The best panels come first
+    assert 'features not shown: loss0(lam=0), loss3(lam=3)' in texts and 'did not learn: loss3(lam=3)' in texts
+
+def test_a_picture_of_nothing_that_learned():
+    texts = texts_of(pictured(['center','crossentropy'], ['cat','dog'], failed=['center','crossentropy']).plot())
+    assert texts.count('diverged') == 4 # Both losses, in both panels of scores
 
 # ---- the key: change a part, expect a new run
 
