@@ -65,7 +65,7 @@ def missing(
     if done >= todo: return ''
     return f"{done:,} of {todo:,} runs are there; `python -m discloss.study {tier}` adds the rest."
 
-# %% ../nbs/27_evidence.ipynb #647e4d83
+# %% ../nbs/27_evidence.ipynb #855548ba
 words = dict(ahead='better', behind='worse', equal='equivalent', open='not decided')
 
 def tier_table(
@@ -100,7 +100,8 @@ def _extra(runs, ref):
     pairs = [(runs[k], ref[k]) for k in runs if k in ref]
     tight = [math.log(b/a) for a,b in _both(pairs, 'test', 'variance_ratio') if a > 0 and b > 0]
     seen = np.array(_both(pairs, 'unseen', 'recall@1')).reshape(-1, 2)
-    times = [a['seconds']/b['seconds'] for a,b in pairs]
+    times = [a['cpu_seconds']/b['cpu_seconds'] for a,b in pairs
+             if a.get('cpu_seconds') and b.get('cpu_seconds')]
     unseen = dict(unseen=math.nan, unseen_low=math.nan, unseen_high=math.nan)
     if len(seen): unseen['unseen'] = np.mean(seen[:,0]-seen[:,1])
     if len(seen) > 1 and runs is not ref:
@@ -131,14 +132,14 @@ def _values(runs, part, name):
     found = {k: (r.get(part) or {}).get(name) for k,r in runs.items()}
     return {k: v for k,v in found.items() if v is not None}
 
-# %% ../nbs/27_evidence.ipynb #c2d534c8
+# %% ../nbs/27_evidence.ipynb #bc99af7d
 def signed(
     x:float, # A difference
     low:float=math.nan, # Lower end of its interval; NaN: none
     high:float=math.nan, # Upper end
 ) -> str: # For example '+0.4 (−0.1 to +0.9)'
     "A difference in points, with its interval"
-    def one(v): return f'{100*v:+.1f}'.replace('-', '−').replace('+0.0', '0.0').replace('−0.0', '0.0')
+    def one(v): return '0.0' if abs(v) < .0005 else f'{100*v:+.1f}'.replace('-', '−')
     if not np.isfinite(x): return ''
     return one(x) if not np.isfinite(low) else f'{one(x)} ({one(low)} to {one(high)})'
 
