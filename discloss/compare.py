@@ -22,8 +22,8 @@ from .bodies import bodies
 from .comparison import Comparison, load_outputs, save_comparison, save_outputs
 from .data import fingerprint, image_dls
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
-                           device_name, find_arch, frozen_epochs,
-                   loss_learner, multiply_adds, normalize_for, run_loss, test_loader, threads, versions)
+                           device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,
+                           normalize_for, run_loss, test_loader, threads, versions)
 from .specs import check_budget, parse_losses, read_rates, read_seeds
 from .store import append_result, claim, describe, plain, read_results, run_key
 

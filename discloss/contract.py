@@ -48,7 +48,8 @@ class Case:
         gen = torch.Generator().manual_seed(0)
         feats = torch.randn(n, self.n_in, generator=gen).to(dtype).requires_grad_()
         set_seed(0)
-        return feats, torch.arange(n) % self.n_out, self.original.head(self.n_in, self.n_out).to(dtype).train()
+        head = self.original.head(self.n_in, self.n_out).to(dtype).train()
+        return feats, torch.arange(n) % self.n_out, head
 
     def step(self, feats, targ, head, loss=None):
         "The value of the loss, and its gradient with respect to the features"
@@ -59,7 +60,9 @@ class Case:
         "A small learner on 320 digits, the same every time, silent"
         set_seed(0)
         dls = image_dls('digits', bs=32, n_train=320)
-        learn = Learner(dls, with_head(small_body(width=16), self.original, dls.c), loss_func=self.loss, metrics=accuracy, cbs=cbs, path=self.folder)
+        model = with_head(small_body(width=16), self.original, dls.c)
+        learn = Learner(dls, model, loss_func=self.loss, metrics=accuracy, cbs=cbs,
+                        path=self.folder)
         quiet(learn)
         if epochs: learn.fit_one_cycle(epochs, 1e-2)
         return learn
@@ -72,7 +75,8 @@ def _check(f):
     return f
 
 def _state(module): return {k: v.clone() for k,v in module.state_dict().items()}
-def _changed(before, module): return [k for k,v in module.state_dict().items() if not torch.equal(v, before[k])]
+def _changed(before, module):
+    return [k for k,v in module.state_dict().items() if not torch.equal(v, before[k])]
 def _error(f, *args):
     "The message of a `TypeError` or `ValueError`, or None"
     try: f(*args)
@@ -80,12 +84,15 @@ def _error(f, *args):
 
 @_check
 def stateless(case):
-    "has no parameters and no buffers, can be pickled, and each argument of __init__ is an attribute of that name"
+    "has no parameters and no buffers, can be pickled, and keeps each argument of __init__"
     loss = case.loss
-    assert not loss.state_dict(), f"state belongs in the head, and the loss has {list(loss.state_dict())}"
-    assert {'reduction', 'weight'} <= set(loss.hparams), f"__init__ must take reduction and weight, it takes {list(loss.hparams)}"
+    assert not loss.state_dict(), (
+        f"state belongs in the head, and the loss has {list(loss.state_dict())}")
+    assert {'reduction', 'weight'} <= set(loss.hparams), (
+        f"__init__ must take reduction and weight, it takes {list(loss.hparams)}")
     again = type(loss)(**loss.hparams)
-    assert again.hparams == loss.hparams == pickle.loads(pickle.dumps(loss)).hparams, f"made again from {loss.hparams} the loss has {again.hparams}"
+    assert again.hparams == loss.hparams == pickle.loads(pickle.dumps(loss)).hparams, (
+        f"made again from {loss.hparams} the loss has {again.hparams}")
 
 @_check
 def pure(case):
@@ -100,15 +107,19 @@ def pure(case):
 
 @_check
 def head_outputs(case):
-    "has a head that gives a dict by name in training, and logits alone in evaluation, unchanged by that"
+    "has a head that gives a dict by name in training, and logits alone in evaluation"
     feats, targ, head = case.batch()
     out = head(feats)
-    assert type(out) is dict, f"in training a head gives a dict by name, this one gives {type(out).__name__}"
+    assert type(out) is dict, (
+        f"in training a head gives a dict by name, this one gives {type(out).__name__}")
     wrong = [k for k,v in out.items() if not isinstance(v, torch.Tensor)]
-    assert not wrong, f"all that a head gives must be tensors, since mixed precision casts all of it, and {wrong} are none"
+    assert not wrong, (
+        "all that a head gives must be tensors, since mixed precision casts all of it, and "
+        f"{wrong} are none")
     before = _state(head)
     logits = head.eval()(feats)
-    assert isinstance(logits, torch.Tensor) and logits.shape == (len(feats), case.n_out), "in evaluation a head gives one tensor of shape (batch, classes)"
+    assert isinstance(logits, torch.Tensor) and logits.shape == (len(feats), case.n_out), (
+        "in evaluation a head gives one tensor of shape (batch, classes)")
     assert not _changed(before, head), f"evaluation changed {_changed(before, head)}"
     named = [k for k,_ in head.named_buffers() if k.split('.')[-1] == 'weight']
     assert not named, f"buffer {named}: fastai's apply_init would overwrite a buffer called weight"
@@ -122,13 +133,14 @@ def same_logits(case):
         out = head.train()(feats)
         if 'logits' not in out: return 'gives no logits in training'
         evaluated = head.eval()(feats)
-        assert torch.allclose(out['logits'], evaluated, rtol=1e-4, atol=1e-5), f"training and evaluation differ by {(out['logits']-evaluated).abs().max():.2g}"
+        assert torch.allclose(out['logits'], evaluated, rtol=1e-4, atol=1e-5), (
+            f"training and evaluation differ by {(out['logits']-evaluated).abs().max():.2g}")
         case.loss(out, targ).backward()
         if opt: opt.step()
 
 @_check
 def hyperparameters(case):
-    "declares what each hyper-parameter may be, and each of them changes the loss, its gradient, what is tracked, or the logits"
+    "declares what each hyper-parameter may be, and each of them changes something"
     loss = case.original
     names = [k for k in loss.hparams if k not in ('reduction', 'weight')]
     missing = [k for k in names if k not in loss.hypers]
@@ -146,11 +158,12 @@ def _traces(case, loss):
         value = loss(head.train()(x), targ)
         grads = torch.autograd.grad(value, [x, *head.parameters()], allow_unused=True)
         buffers = [b.clone().float() for b in head.buffers()]
-        seen += [value.detach(), *(g for g in grads if g is not None), *buffers, head.eval()(x).detach()]
+        grads = [g for g in grads if g is not None]
+        seen += [value.detach(), *grads, *buffers, head.eval()(x).detach()]
     return seen
 
 def _changes_something(case, name):
-    "Does another value of a hyper-parameter change anything, from the loss as it is or from one with other settings?"
+    "Does another value of a hyper-parameter change anything, with these or other settings?"
     loss = case.original
     for base in ({}, *_others(loss, name)):
         reference = None
@@ -158,9 +171,10 @@ def _changes_something(case, name):
             try: trace = _traces(case, type(loss)(**{**loss.hparams, **base, name: value}))
             except (TypeError,ValueError): trace = [] # Refused, where another value is not
             if reference is None: reference = trace
-            same = len(trace) == len(reference) and all(a.shape == b.shape and torch.equal(a, b) for a,b in zip(trace, reference))
-            if not same: return True
+            if not _equal(trace, reference): return True
     return False
+
+def _equal(xs, ys): return len(xs) == len(ys) and all(map(torch.equal, xs, ys))
 
 def _others(loss, name):
     "Settings of one other hyper-parameter each, for those that matter only with them"
@@ -168,7 +182,7 @@ def _others(loss, name):
 
 @_check
 def trains(case):
-    "trains in a plain Learner without callbacks: the loss goes down, and predictions are far better than chance"
+    "trains in a plain Learner without callbacks: the loss falls, predictions beat chance by far"
     learn = case.learner()
     batch = learn.dls.train.one_batch()
     def value():
@@ -188,19 +202,24 @@ def validation(case):
     loss, acc = learn.validate()
     logits, targ = learn.get_preds(act=noop)
     ce = F.cross_entropy(logits, targ).item()
-    assert abs(loss-ce) < 1e-4*(1+ce), f"valid_loss is {loss:.5f}, the cross-entropy of the logits {ce:.5f}"
+    assert abs(loss-ce) < 1e-4*(1+ce), (
+        f"valid_loss is {loss:.5f}, the cross-entropy of the logits {ce:.5f}")
     assert not _changed(before, learn.model), f"validation changed {_changed(before, learn.model)}"
 
 @_check
 def predictions(case):
-    "gives probabilities in get_preds, one loss for each sample on demand, and a class name in predict"
+    "gives probabilities and losses of samples in get_preds, and a class name in predict"
     learn = case.trained
     probs, targ, losses = learn.get_preds(with_loss=True)
     n = len(learn.dls.valid_ds)
-    assert probs.shape == (n, learn.dls.c) and torch.allclose(probs.sum(1), torch.ones(n), atol=1e-5), "rows of get_preds must be probabilities and sum to 1"
-    assert losses.shape == (n,), f"get_preds(with_loss=True) must give {n} losses, got shape {tuple(losses.shape)}"
+    assert probs.shape == (n, learn.dls.c), f"get_preds gives shape {tuple(probs.shape)}"
+    off = (probs.sum(1) - 1).abs().max()
+    assert off < 1e-5, f"rows of get_preds must sum to 1, one is off by {off:.2g}"
+    assert losses.shape == (n,), (
+        f"get_preds(with_loss=True) must give {n} losses, got shape {tuple(losses.shape)}")
     name, idx, p = learn.predict(learn.dls.valid_ds[0][0])
-    assert str(name) == learn.dls.vocab[p.argmax()], f"predict says {name}, the largest probability is that of {learn.dls.vocab[p.argmax()]}"
+    assert str(name) == learn.dls.vocab[p.argmax()], (
+        f"predict says {name}, the largest probability is that of {learn.dls.vocab[p.argmax()]}")
 
 @_check
 def interpretation(case):
@@ -208,9 +227,11 @@ def interpretation(case):
     learn = case.trained
     interp = ClassificationInterpretation.from_learner(learn)
     cm, acc = interp.confusion_matrix(), learn.validate()[1]
-    assert abs(np.trace(cm)/cm.sum() - acc) < 1e-6, f"the confusion matrix says {np.trace(cm)/cm.sum():.4f}, accuracy {acc:.4f}"
+    assert abs(np.trace(cm)/cm.sum() - acc) < 1e-6, (
+        f"the confusion matrix says {np.trace(cm)/cm.sum():.4f}, accuracy {acc:.4f}")
     losses, idxs = interp.top_losses(3)
-    assert losses[0] >= losses[1] >= losses[2] and len(set(idxs.tolist())) == 3, "top losses must be sorted"
+    assert losses[0] >= losses[1] >= losses[2] and len(set(idxs.tolist())) == 3, (
+        "top losses must be sorted")
 
 @_check
 def mixing(case):
@@ -222,7 +243,9 @@ def mixing(case):
         except NotImplementedError as e:
             assert len(str(e)) > 20, f"the refusal of {cb.__name__} must say why, it says {e!s}"
             refused.append(f'{cb.__name__}: {e}')
-        else: assert np.isfinite(learn.recorder.values[-1][0]), f"with {cb.__name__} the training loss is {learn.recorder.values[-1][0]}"
+        else:
+            assert np.isfinite(learn.recorder.values[-1][0]), (
+                f"with {cb.__name__} the training loss is {learn.recorder.values[-1][0]}")
     return '; '.join(refused)
 
 @_check
@@ -247,18 +270,25 @@ def saves(case):
 import numpy as np, torch
 from fastai.learner import load_learner
 learn = load_learner('contract.pkl')
-np.save('probs.npy', learn.get_preds(dl=learn.dls.test_dl(list(torch.from_numpy(np.load('x.npy', allow_pickle=False)))))[0].numpy())'''
-    run = subprocess.run([sys.executable, '-c', code], cwd=case.folder, capture_output=True, text=True)
+x = torch.from_numpy(np.load('x.npy', allow_pickle=False))
+probs = learn.get_preds(dl=learn.dls.test_dl(list(x)))[0]
+np.save('probs.npy', probs.numpy())'''
+    command = [sys.executable, '-c', code]
+    run = subprocess.run(command, cwd=case.folder, capture_output=True, text=True)
     assert run.returncode == 0, f"load_learner in a new process failed: {run.stderr.strip()[-300:]}"
     diff = np.abs(np.load(case.folder/'probs.npy', allow_pickle=False) - probs.numpy()).max()
     assert diff < 1e-5, f"predictions in a new process differ by {diff:.2g}"
 
 @_check
 def odd_batches(case):
-    "is finite, and its gradient, for one sample, a missing class, equal, zero, huge and tiny features"
+    "has a finite value and gradient for one sample, one class, equal, zero, huge and tiny features"
     feats, targ, head = case.batch()
-    odd = {'one sample': (feats[:1], targ[:1]), 'one class': (feats, targ*0), 'all features equal': (feats[:1].repeat(20,1), targ), 'zero features': (feats*0, targ),
-           'features x 1e6': (feats*1e6, targ), 'features x 1e-6': (feats*1e-6, targ)}
+    odd = {'one sample': (feats[:1], targ[:1]),
+           'one class': (feats, targ*0),
+           'all features equal': (feats[:1].repeat(20,1), targ),
+           'zero features': (feats*0, targ),
+           'features x 1e6': (feats*1e6, targ),
+           'features x 1e-6': (feats*1e-6, targ)}
     for name,(x,y) in odd.items():
         value, grad = case.step(x.detach().requires_grad_(), y, deepcopy(head))
         assert value.isfinite().all(), f"{name}: the loss is {value.item()}"
@@ -266,39 +296,50 @@ def odd_batches(case):
 
 @_check
 def bad_inputs(case):
-    "answers wrong shapes, dtypes, labels, NaN features and a model without its head with a clear TypeError or ValueError"
+    "gives a clear error for wrong shapes, dtypes, labels, NaN features, and without its head"
     feats, targ, head = case.batch()
     out = head(feats)
     nan = head(torch.where(torch.arange(case.n_in) == 0, torch.nan, feats.detach()))
-    bad = {'label too large': (out, targ+1), 'negative label': (out, targ-1), 'targets of shape (n, 1)': (out, targ[:,None]),
-           'too few targets': (out, targ[:-1]), 'float targets': (out, targ.float()), 'one-hot targets': (out, F.one_hot(targ)),
-           'NaN features': (nan, targ), 'empty batch': (head(feats[:0]), targ[:0]), 'two outputs': ((feats, feats), targ)}
+    bad = {'label too large': (out, targ+1),
+           'negative label': (out, targ-1),
+           'targets of shape (n, 1)': (out, targ[:,None]),
+           'too few targets': (out, targ[:-1]),
+           'float targets': (out, targ.float()),
+           'one-hot targets': (out, F.one_hot(targ)),
+           'NaN features': (nan, targ),
+           'empty batch': (head(feats[:0]), targ[:0]),
+           'two outputs': ((feats, feats), targ)}
     for name,args in bad.items():
         says = _error(case.loss, *args)
-        assert says and len(says) > 20, f"{name} must give a clear TypeError or ValueError, and gave {says!r}"
+        assert says and len(says) > 20, (
+            f"{name} must give a clear TypeError or ValueError, and gave {says!r}")
     for name,required in case.original._loss_takes.items():
         if not required: continue
         says = _error(case.loss, {k: v for k,v in out.items() if k != name}, targ) or ''
-        assert name in says and 'with_head' in says, f"without {name} the error must name it, and with_head; it says {says!r}"
+        assert name in says and 'with_head' in says, (
+            f"without {name} the error must name it, and with_head; it says {says!r}")
 
 @_check
 def half_precision(case):
     "is finite, float32 and close to full precision under bfloat16 autocast"
     feats, targ, head = case.batch()
     full = case.step(feats, targ, deepcopy(head))[0]
-    with torch.autocast('cpu', dtype=torch.bfloat16): half = case.step(feats, targ, deepcopy(head))[0]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        half = case.step(feats, targ, deepcopy(head))[0]
     assert half.isfinite() and half.dtype == torch.float32, f"under autocast the loss is {half}"
-    assert abs(half-full) < 0.05*(1+abs(full)), f"under autocast the loss is {half:.4f}, in full precision {full:.4f}"
+    assert abs(half-full) < 0.05*(1+abs(full)), (
+        f"under autocast the loss is {half:.4f}, in full precision {full:.4f}")
 
 @_check
 def float64(case):
     "gives float64 for float64"
     value, grad = case.step(*case.batch(dtype=torch.float64))
-    assert value.dtype == grad.dtype == torch.float64, f"features of float64 give a loss of {value.dtype} and a gradient of {grad.dtype}"
+    assert value.dtype == grad.dtype == torch.float64, (
+        f"features of float64 give a loss of {value.dtype} and a gradient of {grad.dtype}")
 
 @_check
 def reduces(case):
-    "reduces by 'mean' and 'sum' what 'none' gives, one value for each sample, and refuses an unknown reduction"
+    "gives a value for each sample with 'none', their 'mean' and 'sum'; refuses other reductions"
     values = {}
     for r in reductions:
         loss = case.loss
@@ -306,17 +347,22 @@ def reduces(case):
         values[r] = case.step(*case.batch(), loss)[0]
     none = values['none']
     assert none.shape == (20,), f"reduction 'none' must give shape (20,), got {tuple(none.shape)}"
-    assert torch.allclose(values['mean'], none.mean(), rtol=1e-5) and torch.allclose(values['sum'], none.sum(), rtol=1e-5), f"mean and sum of {none} are not {values}"
-    assert 'reduction' in (_error(lambda: type(case.original)(**{**case.original.hparams, 'reduction': 'avg'})) or ''), "an unknown reduction must be refused"
+    for r,wanted in ('mean', none.mean()), ('sum', none.sum()):
+        assert torch.allclose(values[r], wanted, rtol=1e-5), f"the {r} is {values[r]}, not {wanted}"
+    unknown = {**case.original.hparams, 'reduction': 'avg'}
+    says = _error(lambda: type(case.original)(**unknown)) or ''
+    assert 'reduction' in says, "an unknown reduction must be refused"
 
 @_check
 def halves(case):
-    "has over two halves of a batch the mean that it has over the whole, where it is a mean over samples"
+    "has the same mean over two halves of a batch as over the whole, if it is a mean over samples"
     if not case.original.separable: return 'not a mean over independent samples'
     feats, targ, head = case.batch()
     whole = case.step(feats, targ, deepcopy(head))[0]
-    parts = [case.step(f.detach().requires_grad_(), t, deepcopy(head))[0] for f,t in zip(feats.split(10), targ.split(10))]
-    assert torch.allclose(sum(parts)/2, whole, rtol=1e-5), f"the whole batch gives {whole}, the mean over its halves {sum(parts)/2}"
+    def value(f, t): return case.step(f.detach().requires_grad_(), t, deepcopy(head))[0]
+    parts = list(map(value, feats.split(10), targ.split(10)))
+    assert torch.allclose(sum(parts)/2, whole, rtol=1e-5), (
+        f"the whole batch gives {whole}, the mean over its halves {sum(parts)/2}")
 
 @_check
 def compiles(case):
@@ -324,21 +370,31 @@ def compiles(case):
     feats, targ, head = case.batch()
     copies = [deepcopy(head) for _ in range(2)]
     torch._dynamo.reset()
-    # The compiler remembers modules by name, and a process that runs several notebooks has several called `__main__`
-    getattr(getattr(sys.modules.get('torch._dynamo.symbolic_convert'), '_import_module', None), 'cache_clear', noop)()
+    _forget_main()
+    compiled = torch.compile(case.loss, backend='aot_eager', fullgraph=True)
+    v1,g1 = case.step(feats, targ, copies[0])
+    v2,g2 = case.step(feats, targ, copies[1], compiled)
+    diff = (g1-g2).abs().max()
+    assert torch.allclose(v1, v2, rtol=1e-5), f"the loss is {v1}, compiled {v2}"
+    assert torch.allclose(g1, g2, rtol=1e-4, atol=1e-7), f"compiled, gradients differ by {diff:.2g}"
+    one, two = (h.state_dict() for h in copies)
+    off = [k for k,v in one.items() if not torch.allclose(v, two[k], atol=1e-6)]
+    assert not off, f"compiled, the loss leaves other values in {off}"
+
+def _forget_main():
+    "The compiler knows modules by name, and several notebooks in one process are all __main__"
+    convert = sys.modules.get('torch._dynamo.symbolic_convert')
+    getattr(getattr(convert, '_import_module', None), 'cache_clear', noop)()
     for m in list(sys.modules.values()):
         if isinstance(m, type(sys)): vars(m).pop('__import___main__', None)
-    (v1,g1),(v2,g2) = (case.step(feats, targ, h, l) for h,l in zip(copies, (case.loss, torch.compile(case.loss, backend='aot_eager', fullgraph=True))))
-    assert torch.allclose(v1, v2, rtol=1e-5) and torch.allclose(g1, g2, rtol=1e-4, atol=1e-7), f"plain {v1}, compiled {v2}, gradients differ by {(g1-g2).abs().max():.2g}"
-    off = [k for k,v in copies[0].state_dict().items() if not torch.allclose(v, copies[1].state_dict()[k], atol=1e-6)]
-    assert not off, f"compiled, the loss leaves other values in {off}"
 
 @_check
 def no_synchronisation(case):
     "never makes the host wait for the GPU after the first step"
     if not torch.cuda.is_available(): return 'not tried: no GPU here'
     feats, targ, head = case.batch()
-    feats, targ, head, loss = feats.detach().cuda().requires_grad_(), targ.cuda(), head.cuda(), case.loss
+    feats = feats.detach().cuda().requires_grad_()
+    targ, head, loss = targ.cuda(), head.cuda(), case.loss
     loss(head(feats), targ).backward()
     torch.cuda.set_sync_debug_mode('error')
     try: loss(head(feats), targ).backward()
@@ -356,14 +412,16 @@ class Promises:
     def __repr__(self):
         kept = (self.table.result == 'kept').sum()
         return f'{self.loss.name}: {kept} promises kept, {len(self.table)-kept} with a remark'
-    def _repr_html_(self): return f'<details><summary>{self}</summary>{self.table.to_html(border=0)}</details>'
+    def _repr_html_(self):
+        return f'<details><summary>{self}</summary>{self.table.to_html(border=0)}</details>'
 
 def check_loss(
     loss:DiscLoss, # An instance of the loss
     only:tuple=(), # Names of checks to run; none: all
 ) -> Promises:
-    "Try all that a loss promises; raises AssertionError with a sentence for each promise that is broken"
-    if not isinstance(loss, DiscLoss): raise TypeError(f"check_loss needs an instance of a DiscLoss, got {loss!r}")
+    "Try all that a loss promises; raises AssertionError with a sentence for each broken promise"
+    if not isinstance(loss, DiscLoss):
+        raise TypeError(f"check_loss needs an instance of a DiscLoss, got {loss!r}")
     rows, broken = [], []
     with tempfile.TemporaryDirectory() as folder:
         case = Case(loss, folder)

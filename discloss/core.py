@@ -45,7 +45,7 @@ reductions = 'mean', 'sum', 'none'
 def reduce_losses(
     losses:Tensor, # One loss per sample, shape (batch,)
     reduction:str='mean', # 'mean', 'sum', or 'none' for the vector itself
-    weights:Tensor|None=None, # One weight per sample, shape (batch,); the mean is then the weighted mean, as in F.cross_entropy
+    weights:Tensor|None=None, # One per sample: a weighted mean, as in F.cross_entropy
 ) -> Tensor: # A scalar, or shape (batch,)
     "Reduce per-sample losses; raises ValueError for an unknown reduction"
     if reduction not in reductions:
@@ -62,14 +62,14 @@ _group = [True] # True: all processes; False: nothing is sent; or a process grou
 
 @contextmanager
 def communication(
-    group, # False: each process keeps to its own samples; a process group: to those of its group; True: all processes, the default
+    group, # True: all processes, the default; False: each its own samples; or a process group
 ):
     "Inside, losses sum and gather over these processes only"
     before,_group[0] = _group[0],group
     try: yield
     finally: _group[0] = before
 
-def n_processes() -> int: # 1 without torch.distributed, under no_grad, and inside communication(False)
+def n_processes() -> int: # 1 without torch.distributed, under no_grad, in communication(False)
     "How many processes a loss sums and gathers over"
     if _group[0] is False or not torch.is_grad_enabled(): return 1
     if not (dist.is_available() and dist.is_initialized()): return 1
@@ -86,7 +86,7 @@ def all_sum(
 
 # %% ../nbs/00_core.ipynb #d5e759c8
 class _Gather(torch.autograd.Function):
-    "Rows of all processes, padded to the same number, as (processes, rows, ...); gradients are summed over processes"
+    "Rows of all processes, shape (processes, rows, ...); gradients are summed over processes"
     @staticmethod
     def forward(ctx, x, group):
         ctx.group,ctx.rank = group,dist.get_rank(group)
@@ -120,7 +120,7 @@ def gather_samples(
 
 # %% ../nbs/00_core.ipynb #53b6adcd
 def _can_look(t):
-    "May Python branch on the values of a tensor: on the CPU, outside of compilers and of torch.func"
+    "May Python branch on a tensor's values: on the CPU, outside compilers and torch.func"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return False
     return t.device.type == 'cpu'
 
@@ -135,10 +135,13 @@ def check_targets(
     if is_index: raise ValueError("the batch is empty: there is no loss of no samples")
     why = ''
     if targ.ndim == 2:
-        why = (". A row for each image comes from label smoothing, from torchvision's MixUp, or from images with "
-               "several labels. For smoothing take CrossEntropy(label_smoothing=0.1), for MixUp fastai's callback; "
-               "for several labels an image take nn.BCEWithLogitsLoss, for these losses know one class an image")
-    raise TypeError(f"targets must be class indices of an integer dtype, got {targ.dtype} of shape {tuple(targ.shape)}{why}")
+        why = (". A row for each image comes from label smoothing, from torchvision's "
+               "MixUp, or from images with several labels. For smoothing take "
+               "CrossEntropy(label_smoothing=0.1), for MixUp fastai's callback; for "
+               "several labels an image take nn.BCEWithLogitsLoss, for these losses know "
+               "one class an image")
+    raise TypeError(f"targets must be class indices of an integer dtype, got {targ.dtype} "
+                    f"of shape {tuple(targ.shape)}{why}")
 
 def check_labels(
     targ:Tensor, # Class indices, shape (batch,)
@@ -148,7 +151,8 @@ def check_labels(
     lo, hi = targ.long().aminmax()
     upper = 'at least 0' if n_out is None else f'in 0..{n_out-1} ({n_out} classes)'
     if lo < 0: raise ValueError(f"targets must be {upper}, got {lo.item()}")
-    if n_out is not None and hi >= n_out: raise ValueError(f"targets must be {upper}, got {hi.item()}")
+    if n_out is not None and hi >= n_out:
+        raise ValueError(f"targets must be {upper}, got {hi.item()}")
 
 def check_finite(
     **inputs:Tensor, # Floating point, any shape
@@ -158,8 +162,10 @@ def check_finite(
         # One pass; a sum can overflow, so only the count decides
         if x.detach().sum().isfinite(): continue
         bad = x.numel() - x.isfinite().sum().item()
-        if bad: raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {x.numel()} values: "
-                                 "look at the input images, or lower the learning rate if training diverged")
+        if not bad: continue
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {x.numel()} "
+                         "values: look at the input images, or lower the learning rate if "
+                         "training diverged")
 
 def check_inputs(
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
@@ -169,15 +175,19 @@ def check_inputs(
 ):
     "Raise TypeError or ValueError if a loss cannot work on these tensors"
     for name,x in inputs.items():
-        if not isinstance(x, Tensor): raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point(): raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
         if x.ndim != 2: raise ValueError(f"{name} must have shape (batch, n), got {tuple(x.shape)}")
     check_targets(targ)
     for name,x in inputs.items():
         if x.device != targ.device:
-            raise ValueError(f"{name} and targets must be on one device, got {x.device} and {targ.device}")
+            raise ValueError(f"{name} and targets must be on one device, got {x.device} and "
+                             f"{targ.device}")
         if targ.shape != x.shape[:1]:
-            raise ValueError(f"targets must have shape ({len(x)},), one class index for each row of {name}, got {tuple(targ.shape)}")
+            raise ValueError(f"targets must have shape ({len(x)},), one class index for "
+                             f"each row of {name}, got {tuple(targ.shape)}")
     if not (_can_look(targ) if values is None else values): return
     check_labels(targ, n_out)
     check_finite(**inputs)
@@ -185,14 +195,15 @@ def check_inputs(
 # %% ../nbs/00_core.ipynb #cb6ba211
 class Head(nn.Module):
     "Base of heads, the last module of a model: a dict by name in training, logits in evaluation"
-    linear = True # If there is a linear layer fc: are the logits its output for the features, in evaluation?
+    linear = True # Is there a linear layer fc that gives the logits in evaluation?
     def __init__(self,
         n_in:int, # Number of features that come in, at least 1
         n_out:int, # Number of classes, at least 2
     ):
         super().__init__()
         if n_in < 1 or n_out < 2:
-            raise ValueError(f"a head needs at least 1 feature and 2 classes, got {n_in} features and {n_out} classes")
+            raise ValueError(f"a head needs at least 1 feature and 2 classes, got {n_in} "
+                             f"features and {n_out} classes")
         self.n_in,self.n_out = n_in,n_out
 
 many_classes = 30_000 # Above, heads of losses that can do it leave the logits to the loss
@@ -237,13 +248,14 @@ def outputs_by_name(
     count = f"{len(pred)} outputs" if isinstance(pred, (tuple,list)) else "one output"
     aux = (". A loss takes what one head gives: switch a second or auxiliary classifier off "
            "(torchvision: aux_logits=False), or let the model return the output of its head alone")
-    raise TypeError("predictions must be logits, or the dict by name that a head gives in training, "
-                    f"got {type(pred).__name__} of {count}{aux if isinstance(pred, (tuple,list)) else ''}")
+    raise TypeError("predictions must be logits, or the dict by name that a head gives in "
+                    f"training, got {type(pred).__name__} of "
+                    f"{count}{aux if isinstance(pred, (tuple,list)) else ''}")
 
 # %% ../nbs/00_core.ipynb #5a6b7946
 @dataclass(frozen=True)
 class Number:
-    "What a hyper-parameter may be: a finite number in a range; and the part of the range where a search looks"
+    "What a hyper-parameter may be: a finite number in a range, of which a search looks at a part"
     low:float = -math.inf # Least value
     high:float = math.inf # Largest value
     above:bool = False # Is the least value itself excluded?
@@ -257,7 +269,8 @@ class Number:
 
     def check(self, name, value):
         "Raise TypeError or ValueError for a value that is not allowed"
-        if value is None and self.optional or isinstance(value, str) and value == 'auto' and self.auto: return
+        if value is None and self.optional: return
+        if isinstance(value, str) and value == 'auto' and self.auto: return
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be {self}, got {value!r}")
         too_low = value <= self.low if self.above else value < self.low
@@ -268,8 +281,10 @@ class Number:
     def examples(self) -> list: # Some allowed values
         "Values to try"
         if self.search: return list(self.search)
-        low = self.low if math.isfinite(self.low) else self.high-1 if math.isfinite(self.high) else 0.
-        high = self.high if math.isfinite(self.high) else low+2
+        bounded = math.isfinite(self.high)
+        low = self.high-1 if bounded else 0.
+        if math.isfinite(self.low): low = self.low
+        high = self.high if bounded else low+2
         return [int(low)+1, int(low)+2] if self.whole else [low+0.3*(high-low), low+0.6*(high-low)]
 
     def __str__(self):
@@ -278,7 +293,9 @@ class Number:
         both = f"in {'(' if self.above else '['}{low}, {high}{')' if self.below else ']'}"
         one = f"above {low}" if self.above else f"at least {low}"
         limits = '' if self.low == -math.inf else one if self.high == math.inf else both
-        return ' '.join(filter(None, (kind, limits, 'or None' if self.optional else '', "or 'auto'" if self.auto else '', self.note)))
+        none = 'or None' if self.optional else ''
+        auto = "or 'auto'" if self.auto else ''
+        return ' '.join(filter(None, (kind, limits, none, auto, self.note)))
 
 @dataclass(frozen=True)
 class Choice:
@@ -321,15 +338,15 @@ def _parameters(method):
     return {p.name: p.default is p.empty for p in params if p.name != 'targ'}
 
 class DiscLoss(nn.Module):
-    "Base of all losses: no parameters, no running state; subclasses implement loss(logits, feats, ..., targ)"
-    hypers = {} # Name of a hyper-parameter -> Number, Choice or Other: what it may be, and where a search looks
+    "Base of all losses, without parameters or state; subclasses implement loss(logits, ..., targ)"
+    hypers = {} # Name of a hyper-parameter -> what it may be: a Number, Choice or Other
     separable = True # Is the loss of a sample independent of the other samples of the batch?
     _warned = False # Did it say that a batch holds no pair?
-    pairs = False # Does it compare the labels of two samples? Then MixUp and CutMix have no meaning for it
+    pairs = False # Does it compare the labels of two samples? MixUp and CutMix then mean nothing
 
     def __init__(self,
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number for each class, at least 0, by which its samples count; None: all the same. As in F.cross_entropy
+        weight=None, # One number a class, at least 0, as in F.cross_entropy; None: all the same
     ):
         super().__init__()
         if reduction not in reductions:
@@ -347,7 +364,9 @@ class DiscLoss(nn.Module):
         check_hparams(self.hypers, **values)
         for k,v in values.items(): setattr(self, k, v)
 
-    def loss(self, targ): raise NotImplementedError(f"{type(self).__name__} must implement loss(self, logits, ..., targ)")
+    def loss(self, targ):
+        raise NotImplementedError(f"{type(self).__name__} must implement loss(self, logits, "
+                                  "..., targ)")
     def track(self, targ): "Move buffers of the head; nothing by default"
 
     def head(self,
@@ -365,7 +384,9 @@ def _class_weight(weight):
     if weight is None: return None
     values = tuple(float(w) for w in weight)
     ok = all(0 <= w < math.inf for w in values) and sum(values) > 0
-    if not ok: raise ValueError(f"weight must be numbers of at least 0, one for each class, and not all 0, got {values}")
+    if not ok:
+        raise ValueError("weight must be numbers of at least 0, one for each class, and "
+                         f"not all 0, got {values}")
     return values
 
 DiscLoss._loss_takes,DiscLoss._track_takes = _parameters(DiscLoss.loss),_parameters(DiscLoss.track)
@@ -379,7 +400,7 @@ def forward(self:DiscLoss,
     pred:Tensor|dict, # The dict by name that a head gives in training, or logits
     targ:Tensor, # Class indices, shape (batch,)
 ) -> Tensor: # A scalar, or shape (batch,) if reduction is 'none'
-    "The loss of what a head gave; logits without gradients, as in validation, give their cross-entropy"
+    "The loss of what a head gave; for bare logits under no_grad, as in validation, cross-entropy"
     outs, from_head = outputs_by_name(pred)
     targ = _plain(targ)
     validating = not from_head and not torch.is_grad_enabled()
@@ -388,7 +409,9 @@ def forward(self:DiscLoss,
     with torch.autocast(targ.device.type, enabled=False):
         outs = {k: _full(v) for k,v in outs.items()}
         targ = targ.long()
-        if validating: return reduce_losses(F.cross_entropy(outs['logits'], targ, reduction='none'), self.reduction)
+        if validating:
+            losses = F.cross_entropy(outs['logits'], targ, reduction='none')
+            return reduce_losses(losses, self.reduction)
         moves = self._track_takes and self.training and torch.is_grad_enabled()
         given = _snapshots(outs) if moves and torch.compiler.is_compiling() else outs
         losses = self.loss(targ=targ, **{k: given[k] for k in self._loss_takes if k in outs})
@@ -418,10 +441,12 @@ def _snapshots(outs):
 def _check_names(self:DiscLoss, outs, takes):
     missing = [k for k,required in takes.items() if required and k not in outs]
     if not missing: return
-    name, wants, gave = type(self).__name__, ', '.join(map(repr, missing)), ', '.join(map(repr, outs))
-    raise ValueError(f"{name} needs {wants}, the model gave {gave}. Give the model this loss's head: "
-                     f"model = with_head(model, {name}(), n_out). In evaluation a model gives logits alone: "
-                     "validate under torch.no_grad(), or use training_head(model) for the training loss")
+    name = type(self).__name__
+    wants, gave = ', '.join(map(repr, missing)), ', '.join(map(repr, outs))
+    raise ValueError(f"{name} needs {wants}, the model gave {gave}. Give the model this "
+                     f"loss's head: model = with_head(model, {name}(), n_out). In "
+                     "evaluation a model gives logits alone: validate under "
+                     "torch.no_grad(), or use training_head(model) for the training loss")
 
 @patch
 def _check(self:DiscLoss, outs, targ):
@@ -439,7 +464,7 @@ def _check(self:DiscLoss, outs, targ):
     self._seen.add(key)
 
 def _n_classes(outs):
-    "The number of classes, from the logits, or from the class weights of a head that leaves logits to its loss"
+    "The number of classes, from the logits, or from the class weights where the loss makes them"
     logits = outs.get('logits')
     if logits is not None: return logits.shape[-1] if logits.ndim else None
     return len(outs['weight']) if 'weight' in outs else None
@@ -451,25 +476,35 @@ def _check_values(self:DiscLoss, targ, n_out):
     if not self.pairs or self._warned or n_processes() > 1 or len(targ) < 2: return
     if not torch.is_grad_enabled() or len(targ.unique()) < len(targ): return
     self._warned = True
-    warnings.warn(f"{type(self).__name__} compares samples of one class, and no two of the {len(targ)} in this batch "
-                  "are of one class: take a larger batch, or discloss.data.class_balanced", stacklevel=4)
+    warnings.warn(f"{type(self).__name__} compares samples of one class, and no two of the "
+                  f"{len(targ)} in this batch are of one class: take a larger batch, or "
+                  "discloss.data.class_balanced", stacklevel=4)
 
 @patch
 def _check_shapes(self:DiscLoss, outs, targ, n_out):
-    if targ.ndim != 1: raise ValueError(f"targets must have shape (batch,), one class index for each sample, got {tuple(targ.shape)}")
+    if targ.ndim != 1:
+        raise ValueError("targets must have shape (batch,), one class index for each "
+                         f"sample, got {tuple(targ.shape)}")
     logits = outs.get('logits')
     if logits is not None and logits.ndim:
         if logits.ndim != 2 or len(logits) != len(targ):
-            raise ValueError(f"logits must have shape ({len(targ)}, classes) for {len(targ)} targets, got {tuple(logits.shape)}")
-        if n_out < 2: raise ValueError(f"logits must have a column for each class, two at least, got shape {tuple(logits.shape)}")
-        if not logits.is_floating_point(): raise TypeError(f"logits must be floating point, got {logits.dtype}")
+            raise ValueError(f"logits must have shape ({len(targ)}, classes) for "
+                             f"{len(targ)} targets, got {tuple(logits.shape)}")
+        if n_out < 2:
+            raise ValueError("logits must have a column for each class, two at least, got "
+                             f"shape {tuple(logits.shape)}")
+        if not logits.is_floating_point():
+            raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if n_out is not None and self.weight is not None and len(self.weight) != n_out:
-        raise ValueError(f"weight must have one number for each of the {n_out} classes, got {len(self.weight)}")
+        raise ValueError(f"weight must have one number for each of the {n_out} classes, got "
+                         f"{len(self.weight)}")
     for name,v in outs.items():
         if v.device != targ.device:
-            raise ValueError(f"{name} and targets must be on one device, got {v.device} and {targ.device}")
+            raise ValueError(f"{name} and targets must be on one device, got {v.device} and "
+                             f"{targ.device}")
         if v.ndim == 2 and n_out is not None and len(v) not in (len(targ), n_out):
-            raise ValueError(f"{name} must have a row for each of the {len(targ)} samples or each of the {n_out} classes, got shape {tuple(v.shape)}")
+            raise ValueError(f"{name} must have a row for each of the {len(targ)} samples "
+                             f"or each of the {n_out} classes, got shape {tuple(v.shape)}")
 
 @patch
 def _check_hparams(self:DiscLoss):
@@ -487,7 +522,8 @@ def _init_names(cls):
     names = {}
     for c in cls.__mro__:
         params = inspect.signature(c.__init__).parameters.values() if '__init__' in vars(c) else ()
-        names |= {p.name: None for p in list(params)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        named = [p for p in list(params)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names |= {p.name: None for p in named}
         if params and not any(p.kind == p.VAR_KEYWORD for p in params): break
     return list(names)
 
@@ -495,7 +531,9 @@ def _init_names(cls):
 def hparams(self:DiscLoss) -> dict: # Every argument of __init__ with its value
     "Hyper-parameters by name"
     missing = [k for k in _init_names(type(self)) if not hasattr(self, k)]
-    if missing: raise TypeError(f"{type(self).__name__} must keep each argument of __init__ as an attribute of that name, {missing} is not there")
+    if missing:
+        raise TypeError(f"{type(self).__name__} must keep each argument of __init__ as an "
+                        f"attribute of that name, {missing} is not there")
     return {k: getattr(self, k) for k in _init_names(type(self))}
 
 @patch(as_prop=True)
@@ -504,11 +542,12 @@ def name(self:DiscLoss) -> str: # For example 'center' for CenterLoss
     return type(self).__name__.lower().removesuffix('loss')
 
 @patch(as_prop=True)
-def y_int(self:DiscLoss) -> bool: # What fastai's MixUp and CutMix ask for: True, mix losses and not labels
+def y_int(self:DiscLoss) -> bool: # fastai's MixUp and CutMix ask: mix losses and not labels?
     "True; raises NotImplementedError for losses that compare the labels of two samples"
     if not self.pairs: return True
-    raise NotImplementedError(f"MixUp and CutMix are not defined for {type(self).__name__}: it compares the labels of "
-                              "two samples, and a mixed image has no single label; train without them")
+    raise NotImplementedError(f"MixUp and CutMix are not defined for {type(self).__name__}: "
+                              "it compares the labels of two samples, and a mixed image "
+                              "has no single label; train without them")
 
 @patch
 def extra_repr(self:DiscLoss): return ', '.join(f'{k}={v!r}' for k,v in self.hparams.items())
@@ -563,20 +602,27 @@ def _from_graph(model, graph):
     out = next(n for n in graph.nodes if n.op == 'output').args[0]
     name = type(model).__name__
     returns = _container(out)
-    if returns: raise ValueError(f"{name} returns {returns}, not one tensor of logits: let it return its logits alone")
-    while out.op == 'call_module' and type(modules[out.target]) is nn.Identity: out = out.all_input_nodes[0]
+    if returns:
+        raise ValueError(f"{name} returns {returns}, not one tensor of logits: let it "
+                         "return its logits alone")
+    while out.op == 'call_module' and type(modules[out.target]) is nn.Identity:
+        out = out.all_input_nodes[0]
     is_classifier = out.op == 'call_module' and isinstance(modules[out.target], (nn.Linear, Head))
     if is_classifier: return out.target
     nodes = _classifiers_before(out, modules)
     before = list(dict.fromkeys(n.target for n in nodes))
     if len(before) > 1 and out.op != 'call_module' and _side_by_side(nodes):
-        raise ValueError(f"the output of {name} comes from {len(before)} classifiers, {before}, by {_operation(out, modules)}: "
-                         "take the model with a single classifier, or as a body without one "
-                         f"(timm: num_classes=0) and say how many features it gives: model.n_feats = {_n_feats(model)}; "
-                         "or name the module that gives the logits with layer=...")
-    raise ValueError(f"the output of {name} is not that of a linear layer, but of {_operation(out, modules)}"
-                     f"{_after(before)}. If the model changes its logits, let it return them as they are; if it is a body, "
-                     f"say how many features it gives: model.n_feats = {_n_feats(model)}; or name the layer to replace with layer=...")
+        raise ValueError(f"the output of {name} comes from {len(before)} classifiers, "
+                         f"{before}, by {_operation(out, modules)}: take the model with a "
+                         "single classifier, or as a body without one (timm: "
+                         "num_classes=0) and say how many features it gives: model.n_feats "
+                         f"= {_n_feats(model)}; or name the module that gives the logits "
+                         "with layer=...")
+    raise ValueError(f"the output of {name} is not that of a linear layer, but of "
+                     f"{_operation(out, modules)}{_after(before)}. If the model changes its "
+                     "logits, let it return them as they are; if it is a body, say how "
+                     f"many features it gives: model.n_feats = {_n_feats(model)}; or name "
+                     "the layer to replace with layer=...")
 
 def _container(out):
     "The type of an output that is not one tensor, or None"
@@ -598,7 +644,8 @@ def _from_batch(model, x):
     "Name of the layer that gives the output for a batch"
     gave, modes = {}, {m: m.training for m in model.modules()}
     def see(name): return lambda m, args, out: gave.__setitem__(name, out)
-    handles = [m.register_forward_hook(see(k)) for k,m in model.named_modules() if isinstance(m, (nn.Linear, Head))]
+    layers = [(k, m) for k,m in model.named_modules() if isinstance(m, (nn.Linear, Head))]
+    handles = [m.register_forward_hook(see(k)) for k,m in layers]
     try: out = model.eval()(x)
     finally:
         for h in handles: h.remove()
@@ -606,8 +653,10 @@ def _from_batch(model, x):
     out = getattr(out, 'logits', out)
     found = [k for k,v in gave.items() if v is out]
     if found: return found[-1]
-    raise ValueError(f"the output of {type(model).__name__} is not that of a linear layer ({list(gave)[-5:]} ran): let it return its logits "
-                     f"as they are, say how many features a body gives (model.n_feats = {_n_feats(model)}), or name the layer to replace with layer=...")
+    raise ValueError(f"the output of {type(model).__name__} is not that of a linear layer "
+                     f"({list(gave)[-5:]} ran): let it return its logits as they are, say "
+                     f"how many features a body gives (model.n_feats = {_n_feats(model)}), "
+                     "or name the layer to replace with layer=...")
 
 def _from_names(model):
     "Name of the classifier of a model that cannot be traced, from the usual names"
@@ -617,8 +666,9 @@ def _from_names(model):
     if isinstance(by_timm, nn.Linear): return names[by_timm]
     usual = [k for k in names.values() if k in _usual_names]
     if len(usual) == 1: return usual[0]
-    raise ValueError(f"cannot tell where the output of {type(model).__name__} comes from: give one batch, x=..., or name the layer "
-                     f"to replace, layer=..., for example one of {list(names.values())[-5:]}")
+    raise ValueError(f"cannot tell where the output of {type(model).__name__} comes from: "
+                     "give one batch, x=..., or name the layer to replace, layer=..., for "
+                     f"example one of {list(names.values())[-5:]}")
 
 def _timm_classifier(model): return getattr(model, 'get_classifier', lambda: None)()
 
@@ -627,21 +677,25 @@ def _find(model, layer=None, x=None):
     modules = dict(model.named_modules())
     if layer is not None:
         if layer in modules: return layer
-        raise ValueError(f"the model has no layer {layer!r}; its last ones are {list(modules)[-5:]}")
+        raise ValueError(f"the model has no layer {layer!r}; its last ones are "
+                         f"{list(modules)[-5:]}")
     heads = [k for k,m in modules.items() if isinstance(m, Head)]
     if len(heads) == 1: return heads[0]
-    if len(heads) > 1: raise ValueError(f"the model has {len(heads)} heads, {heads}: name one with layer=...")
+    if len(heads) > 1:
+        raise ValueError(f"the model has {len(heads)} heads, {heads}: name one with layer=...")
     if isinstance(model, nn.Linear): return ''
     if not any(isinstance(m, nn.Linear) for m in modules.values()):
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to replace{_why_no_linear(model)}")
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to "
+                         f"replace{_why_no_linear(model)}")
     if type(_timm_classifier(model)) is nn.Identity:
-        raise ValueError(f"{type(model).__name__} has no classifier, so it is a body: say how many features it gives, "
-                         f"model.n_feats = {_n_feats(model)}")
+        raise ValueError(f"{type(model).__name__} has no classifier, so it is a body: say "
+                         f"how many features it gives, model.n_feats = {_n_feats(model)}")
     if x is not None: return _from_batch(model, x)
     graph = _trace(model)
     if graph is not None: return _from_graph(model, graph)
     inner = _wrapped(model)
-    return f'{inner}.{_find(model.get_submodule(inner))}'.rstrip('.') if inner else _from_names(model)
+    if not inner: return _from_names(model)
+    return f'{inner}.{_find(model.get_submodule(inner))}'.rstrip('.')
 
 def _wrapped(model):
     "Name of the one child that holds all parameters, as in DataParallel, or None"
@@ -652,19 +706,22 @@ def _wrapped(model):
 def _why_no_linear(model):
     "What kind of model that is, and what to do"
     kinds = {type(m).__module__ for m in model.modules()}
-    if isinstance(model, torch.jit.ScriptModule): return ", for TorchScript cannot be changed: use with_head before torch.jit"
-    if any('quantized' in k for k in kinds): return ", for quantized layers cannot be trained: use with_head before quantizing"
+    if isinstance(model, torch.jit.ScriptModule):
+        return ", for TorchScript cannot be changed: use with_head before torch.jit"
+    if any('quantized' in k for k in kinds):
+        return ", for quantized layers cannot be trained: use with_head before quantizing"
     if isinstance(model, fx.GraphModule): return " in its graph: use with_head before torch.export"
     convs = [(k, m) for k,m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
     says = f". If it is a body, say how many features it gives: model.n_feats = {_n_feats(model)}"
     if not convs: return says
     name, conv = convs[-1]
-    return says + (f"; if a convolution is its classifier ({name!r}, {type(conv).__name__}), put nn.Identity() in its place "
-                   f"and set model.n_feats = {conv.in_channels}")
+    return says + (f"; if a convolution is its classifier ({name!r}, "
+                   f"{type(conv).__name__}), put nn.Identity() in its place and set "
+                   f"model.n_feats = {conv.in_channels}")
 
 def find_head(
     model:nn.Module, # Any model
-    layer:str|None=None, # Name of the classifier as in model.named_modules(); None: the head, or the linear layer that the output comes from
+    layer:str|None=None, # Its name in model.named_modules(); None: what gives the output
     x:Tensor|None=None, # A batch, for models that torch.fx cannot trace
 ) -> nn.Module:
     "The classifier of a model; raises ValueError if there is none, or if it cannot be told"
@@ -677,8 +734,9 @@ def _warn_embedding(name, old, n_out, layer):
     "A last linear layer with an unusual number of outputs may be an embedding"
     n = getattr(old, 'out_features', None)
     if layer is not None or n in (None, n_out, *_pretrained_classes): return
-    warnings.warn(f"with_head replaced {name!r}, a linear layer with {n} outputs, by a head for {n_out} classes. "
-                  f"If these {n} outputs are features, keep them: set model.n_feats = {n} first, and the head comes after them", stacklevel=3)
+    warnings.warn(f"with_head replaced {name!r}, a linear layer with {n} outputs, by a head "
+                  f"for {n_out} classes. If these {n} outputs are features, keep them: set "
+                  f"model.n_feats = {n} first, and the head comes after them", stacklevel=3)
 
 def _check_output(model, args, out):
     "In training a model must return what its head gave"
@@ -686,30 +744,38 @@ def _check_output(model, args, out):
     error = sys.exc_info()[1] if out is None else None
     name = type(model).__name__
     if error is not None:
-        if 'dict' in str(error) or isinstance(error, KeyError): error.args = (f"{error}. In training the head of {name} gives a dict by name, and the model does something with it: "
-                                               "let it return what its classifier gives as it is (discloss.core.with_head)",)
+        if 'dict' in str(error) or isinstance(error, KeyError):
+            error.args = (f"{error}. In training the head of {name} gives a dict by name, and the "
+                          "model does something with it: let it return what its classifier gives "
+                          "as it is (discloss.core.with_head)",)
         return
     inner = out.get('logits') if isinstance(out, Mapping) else None
-    if isinstance(inner, Mapping) or (type(out) is dict and ('logits' in out or 'weight' in out)): return
+    if isinstance(inner, Mapping): return
+    if type(out) is dict and ('logits' in out or 'weight' in out): return
     if isinstance(out, (tuple,list)):
-        raise TypeError(f"in training {name} returns {len(out)} outputs, so it has a second or auxiliary classifier: switch it off (torchvision: "
-                        "aux_logits=False), or let the model return the output of its head alone")
-    raise TypeError(f"the output of {name} does not come from the head that with_head put in: it is {type(out).__name__}, not the head's dict. "
-                    "Name the layer that is the classifier: with_head(model, loss, n_out, layer=...). Layers that a model keeps in a plain "
-                    "list belong into an nn.ModuleList")
+        raise TypeError(f"in training {name} returns {len(out)} outputs, so it has a second "
+                        "or auxiliary classifier: switch it off (torchvision: "
+                        "aux_logits=False), or let the model return the output of its head "
+                        "alone")
+    raise TypeError(f"the output of {name} does not come from the head that with_head put "
+                    f"in: it is {type(out).__name__}, not the head's dict. Name the layer "
+                    "that is the classifier: with_head(model, loss, n_out, layer=...). "
+                    "Layers that a model keeps in a plain list belong into an "
+                    "nn.ModuleList")
 
 # %% ../nbs/00_core.ipynb #a74aa110
 def with_head(
-    model:nn.Module, # A classifier (torchvision, timm, transformers, home-made), or a body with the attribute n_feats; it is not changed
+    model:nn.Module, # A classifier, or a body with the attribute n_feats; it is not changed
     loss:DiscLoss, # The loss whose head is wanted
     n_out:int, # Number of classes, at least 2
-    layer:str|None=None, # Name of the layer to replace; None: the head of another loss, or the linear layer that the output comes from
+    layer:str|None=None, # Name of the layer to replace; None: what gives the output
     x:Tensor|None=None, # A batch, for models that torch.fx cannot trace
 ) -> nn.Module: # A copy of the model that ends in loss.head(n_in, n_out)
-    "A copy of a model with the head of a loss; raises ValueError where the classifier cannot be told"
+    "A copy of a model with the head of a loss; ValueError where the classifier cannot be told"
     _check_kinds(model, loss, n_out)
     model = _copy(model)
-    if layer is None and _is_bare_body(model): return nn.Sequential(model, loss.head(model.n_feats, n_out))
+    if layer is None and _is_bare_body(model):
+        return nn.Sequential(model, loss.head(model.n_feats, n_out))
     name = _find(model, layer, x)
     old = model.get_submodule(name)
     head = _like(old, loss.head(_n_in(name, old), n_out))
@@ -721,10 +787,14 @@ def with_head(
     return model
 
 def _check_kinds(model, loss, n_out):
-    if isinstance(loss, type): raise TypeError(f"with_head needs an instance of a loss, {loss.__name__}(), got the class")
-    if not isinstance(loss, DiscLoss): raise TypeError(f"with_head needs a DiscLoss, got {type(loss).__name__}")
-    if not isinstance(model, nn.Module): raise TypeError(f"with_head needs a model, an nn.Module, got {type(model).__name__}")
-    if not isinstance(n_out, Integral): raise TypeError(f"n_out must be a whole number, got {n_out!r}")
+    if isinstance(loss, type):
+        raise TypeError(f"with_head needs an instance of a loss, {loss.__name__}(), got the class")
+    if not isinstance(loss, DiscLoss):
+        raise TypeError(f"with_head needs a DiscLoss, got {type(loss).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"with_head needs a model, an nn.Module, got {type(model).__name__}")
+    if not isinstance(n_out, Integral):
+        raise TypeError(f"n_out must be a whole number, got {n_out!r}")
 
 def _copy(model):
     "A deep copy, without the graphs of tensors that a forward pass left in the model"
@@ -732,8 +802,9 @@ def _copy(model):
     left = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
     try: return deepcopy(model, {id(t): t.detach().clone() for t in left})
     except Exception as e:
-        raise TypeError(f"{type(model).__name__} cannot be copied ({e}), and with_head works on a copy: "
-                        "let the model hold its layers and no locks, files, or results of a forward pass") from e
+        raise TypeError(f"{type(model).__name__} cannot be copied ({e}), and with_head "
+                        "works on a copy: let the model hold its layers and no locks, "
+                        "files, or results of a forward pass") from e
 
 def _replace(model, old, new):
     "Put a module in the place of another, under all its names"
@@ -751,18 +822,20 @@ def _n_in(name, old):
     if n: return n
     kind = type(old).__name__
     if isinstance(old, nn.LazyLinear):
-        raise ValueError(f"cannot tell how many features {name!r} (LazyLinear) takes before its first batch: run one batch through the model first")
-    raise ValueError(f"cannot tell how many features {name!r} ({kind}) takes: replace an nn.Linear or a Head, "
-                     f"or give this {kind} the attribute in_features")
+        raise ValueError(f"cannot tell how many features {name!r} (LazyLinear) takes before "
+                         "its first batch: run one batch through the model first")
+    raise ValueError(f"cannot tell how many features {name!r} ({kind}) takes: replace an "
+                     f"nn.Linear or a Head, or give this {kind} the attribute in_features")
 
 def _like(old, head):
-    "The new head on the device and in the dtype of the old one, with its linear weights where they mean the same"
+    "The new head on the old one's device, in its dtype, with its weights where they mean the same"
     new_fc, old_fc = getattr(head, 'fc', head), getattr(old, 'fc', old)
     means_the_same = getattr(old, 'linear', True) and getattr(head, 'linear', True)
     tensors = [*old.parameters(), *old.buffers()]
     floats = [t.dtype for t in tensors if t.is_floating_point()]
     if tensors: head.to(tensors[0].device, *floats[:1])
-    if means_the_same and _shapes(new_fc) == _shapes(old_fc): new_fc.load_state_dict(old_fc.state_dict())
+    if means_the_same and _shapes(new_fc) == _shapes(old_fc):
+        new_fc.load_state_dict(old_fc.state_dict())
     return head
 
 def _shapes(m): return type(m), {k: v.shape for k,v in m.state_dict().items()}

@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Head, LinearHead, Number, check_hparams, check_inputs, full_precision, many_classes
+from .core import (Head, LinearHead, Number, check_hparams, check_inputs,
+                           full_precision, many_classes)
 
 # %% ../nbs/01_heads.ipynb #a269fdef
 class CenterHead(LinearHead):
@@ -19,8 +20,8 @@ class CenterHead(LinearHead):
         n_in:int, # Number of features
         n_out:int, # Number of classes
         bias:bool=True, # With a bias in the classifier?
-        learned:bool=False, # Are the centers parameters, which the optimizer moves? Otherwise a buffer, which the loss moves
-        chunked:bool|None=None, # In training, leave the logits to the loss, which makes them in chunks? None: above many_classes
+        learned:bool=False, # Does the optimizer move the centers? Otherwise the loss does
+        chunked:bool|None=None, # Leave training logits to the loss? None: above many_classes
     ):
         super().__init__(n_in, n_out, bias, n_out > many_classes if chunked is None else chunked)
         self.learned, centers = learned, torch.zeros(n_out, n_in)
@@ -29,7 +30,7 @@ class CenterHead(LinearHead):
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
-    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict of feats, centers, and logits or what makes them
+    ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
         "Logits, and in training the features and the centers"
         out = super().forward(feats)
         if not self.training: return out
@@ -46,7 +47,7 @@ def square_norm(
 def squared_distances(
     x:Tensor, # Shape (n, d), floating point
     z:Tensor, # Shape (m, d)
-    exact:bool=True, # The value from float64? That of the dtype of x is faster, and good enough for logits
+    exact:bool=True, # Compute in float64? The dtype of x is faster, and good enough for logits
 ) -> Tensor: # Shape (n, m), at least 0, in the dtype of x
     "Squared distance of each row of x to each row of z, without any tensor larger than the result"
     z = z.to(x.dtype)
@@ -70,7 +71,7 @@ def distances(
     x:Tensor, # Shape (n, d), floating point
     z:Tensor, # Shape (m, d)
 ) -> Tensor: # Shape (n, m)
-    "Distance of each row of x to each row of z; 0, with gradient 0, where two rows are equal up to rounding in float32"
+    "Distance of each row of x to each row of z; 0, with gradient 0, where rows agree in float32"
     square = squared_distances(x, z)
     rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(z.detach(), dim=1).amax()
     apart = square > rounding.square()

@@ -23,7 +23,8 @@ class TrainMetrics(Callback):
     def after_loss(self):
         if not isinstance(self.pred, dict): return
         if 'logits' not in self.pred:
-            raise ValueError("metrics of training batches need logits, and this head leaves them to its loss: give it chunked=False")
+            raise ValueError("metrics of training batches need logits, and this head "
+                             "leaves them to its loss: give it chunked=False")
         self.learn.pred = self.pred['logits']
 
 # %% ../nbs/08_learner.ipynb #1726fb23
@@ -45,7 +46,7 @@ def with_partners(
     dls, # fastai DataLoaders
     loss:DiscLoss, # The loss
 ): # The same loaders, or class-balanced ones
-    "A loss that compares samples gets class-balanced batches where less than half of the samples meet another of their class"
+    "Class-balanced batches for a loss that compares samples, where few meet another of their class"
     per_class = loss.pairs and _per_class(dls.train.bs)
     if not per_class: return dls
     try: labels = labels_of(dls.train)
@@ -60,16 +61,19 @@ def disc_learner(
     n_out:int|None=None, # Number of classes; None: dls.c
     metrics=None, # Metrics; None: accuracy
     cbs=None, # Callbacks besides TrainMetrics
-    balanced:bool|None=None, # Batches with several samples of each class? None: for losses with pairs that would lack them
+    balanced:bool|None=None, # Several of each class in a batch? None: if the loss needs them
     **kwargs, # Passed on to vision_learner: pretrained, n_in, lin_ftrs, opt_func, ...
 ) -> Learner:
-    "fastai's vision_learner with the head of a loss; raises ValueError if the training loader has no batch"
+    "fastai's vision_learner with the head of a loss; ValueError if the training data make no batch"
     if len(dls.train) == 0:
-        raise ValueError(f"the training loader has no batch: {len(dls.train_ds)} samples make none of {dls.train.bs}, give a smaller bs")
+        raise ValueError(f"the training loader has no batch: {len(dls.train_ds)} samples "
+                         f"make none of {dls.train.bs}, give a smaller bs")
     if balanced is None: dls = with_partners(dls, loss)
     if balanced: dls = class_balanced(dls, _per_class(dls.train.bs) or 2)
     metrics = accuracy if metrics is None else metrics
-    learn = vision_learner(dls, arch, n_out=n_out, loss_func=loss, metrics=metrics, cbs=[TrainMetrics(), *L(cbs)], **kwargs)
+    cbs = [TrainMetrics(), *L(cbs)]
+    learn = vision_learner(dls, arch, n_out=n_out, loss_func=loss, metrics=metrics, cbs=cbs,
+                           **kwargs)
     learn.model[1] = with_head(learn.model[1], loss, learn.n_out)
     learn.opt = None # Made anew, so that it knows the new head
     if learn.pretrained: learn.freeze()
@@ -94,6 +98,7 @@ def fit(
     **kwargs, # Passed on to Learner: wd, opt_func, ...
 ) -> Learner: # Trained
     "Train by one cycle without output"
-    learn = Learner(dls, with_head(model, loss, dls.c), loss_func=loss, metrics=accuracy, cbs=cbs, **kwargs)
+    model = with_head(model, loss, dls.c)
+    learn = Learner(dls, model, loss_func=loss, metrics=accuracy, cbs=cbs, **kwargs)
     quiet(learn).fit_one_cycle(epochs, lr)
     return learn

@@ -11,17 +11,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.xml import (A, Button, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2, Html,
-                          Img, Li, Main, Meta, Nav, Ol, P, Pre, Safe, Script, Section, Small, Span,
-                          Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from fastcore.xml import (A, Button, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2,
+                          Html, Img, Li, Main, Meta, Nav, Ol, P, Pre, Safe, Script, Section, Small,
+                          Span, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
 from fastcore.xml import Body as HtmlBody, Head as HtmlHead
 from matplotlib.colors import to_hex
 from matplotlib.markers import MarkerStyle
 from PIL import Image
 
 from .comparison import measures
-from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves, plot_features,
-                           plot_scores)
+from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves,
+                           plot_features, plot_scores)
 from .statistics import against, keeps_up, plot_differences, winner
 from .store import write_whole
 
@@ -52,7 +52,8 @@ def headline(
     elif others:
         said = {f"Equal to {ref} within {_points(margin)}": 'equal',
                 f"Behind {ref}": 'behind', "Not settled": 'open'}
-        more = [f"{what}: {_list(map(_spoken, group[s]))}." for what,s in said.items() if s in group]
+        said = {what: group[s] for what,s in said.items() if s in group}
+        more = [f"{what}: {_list(map(_spoken, names))}." for what,names in said.items()]
     return [re.sub('^cross', 'Cross', first), *more]
 
 def _spoken(k): return 'cross-entropy' if k == 'crossentropy' else str(k)
@@ -99,7 +100,7 @@ class Findings:
         self.table = self._table()
 
     def _by_seed(self, label, found):
-        "What a loss answered for each test image, by seed; the seeds are right where no run is missing"
+        "What a loss answered for each test image, by seed; right where no run is missing"
         seeds = sorted(r['config']['seed'] for r in self.rows if r['label'] == label)
         return dict(zip(seeds, found))
 
@@ -167,7 +168,7 @@ def winners(self:Findings) -> dict: # Key of `measures` -> entry, or None
 @patch
 def confusion(self:Findings,
     label:str, # A loss
-) -> np.ndarray|None: # Shape (n_classes, n_classes), rows are the true classes; None: nothing is stored
+) -> np.ndarray|None: # Rows are true classes, columns answers; None: nothing is stored
     "How many test images of each class were taken for each class, summed over the runs"
     runs, n = list(self.outputs[label].values()), len(self.vocab)
     if not runs: return None
@@ -228,7 +229,8 @@ def _mark(marker, color, dash=None):
     color = to_hex(color).replace(ink, 'var(--ink)')
     width = 12 if dash is None else 22
     gaps = {'--': 'stroke-dasharray="3 1.5"', ':': 'stroke-dasharray="1 1"'}.get(dash, '')
-    line = '' if dash is None else f'<path d="M-11,0H11" stroke="{color}" stroke-width="1.6" {gaps}/>'
+    line = f'<path d="M-11,0H11" stroke="{color}" stroke-width="1.6" {gaps}/>'
+    if dash is None: line = ''
     box = f'viewBox="{-width/2} -6 {width} 12" width="{width}" height="12"'
     shape = f'<path d="{path}" fill="{color}" transform="scale(8)"/>'
     return Safe(f'<svg class="mark" {box} aria-hidden="true">{line}{shape}</svg>')
@@ -253,7 +255,8 @@ def _num(v):
 def _cell(text, value=None, **kw): return Td(text, data_v=_num(value), **kw)
 
 def _heads(*names):
-    def one(n): return Th(Button(n, type='button'), scope='col', cls='left' if n == 'verdict' else None)
+    def one(n):
+        return Th(Button(n, type='button'), scope='col', cls='left' if n == 'verdict' else None)
     return Thead(Tr(*map(one, names)))
 
 def _sortable(heads, rows, cls=''):
@@ -327,7 +330,8 @@ def _curves(f):
     def curve(r): return [_get(e, ['accuracy']) for e in r['epochs']]
     runs = {k: [curve(r) for r in f.rows if r['label'] == k] for k in f.labels}
     longest = max(len(e) for v in runs.values() for e in v)
-    curves = {_wrap(k): np.array(v, float) for k,v in runs.items() if {len(e) for e in v} == {longest}}
+    whole = {k: v for k,v in runs.items() if {len(e) for e in v} == {longest}}
+    curves = {_wrap(k): np.array(v, float) for k,v in whole.items()}
     if longest < 2: return None
     fig = plot_curves(curves, ylabel='validation accuracy', legend=False, size=(4.4,3))
     return _chart(fig, 'Learning curves of each loss', 'Validation accuracy after each epoch.')
@@ -344,7 +348,8 @@ def _scores(f, path, note):
 def _charts(f):
     "The figures that compare losses"
     compact = 'Variance ratio of the test features; smaller is more compact.'
-    found = [_differences(f), _curves(f), _scores(f, ('test','accuracy'), 'Test accuracy of each run.'),
+    found = [_differences(f), _curves(f),
+             _scores(f, ('test','accuracy'), 'Test accuracy of each run.'),
              _scores(f, ('test','variance_ratio'), compact)]
     legend = Ul(*(Li(_loss_mark(k), Span(k)) for k in f.labels), cls='legend')
     charts = Div(*(o for o in found if o is not None), cls='charts')
@@ -360,14 +365,15 @@ def _features(f, most=12):
     panels = []
     for k in shown:
         x,t = (o[:max(300, 8000//len(shown))] for o in whole[k])
-        fig = plot_features({_wrap(k, 32): (x,t)}, f.vocab, legend=False, size=3.2, max_points=len(t))
+        panel = {_wrap(k, 32): (x,t)}
+        fig = plot_features(panel, f.vocab, legend=False, size=3.2, max_points=len(t))
         for c in fig.axes[0].collections: c.set_rasterized(False)
         svg = _svg(fig, f'Test features of {k}, coloured by class')
         panels.append(Figure(_tag(svg, np.unique(t))))
     left = [k for k in f.labels if k not in shown]
     note = P(f"Not shown: {_list(left, 20)}.", cls='note') if left else None
-    about = ('Each point is a test image of the first seed; the badge stands at the mean of its class. '
-             'Choose a class to see where it lies.')
+    about = ('Each point is a test image of the first seed; the badge stands at the mean '
+             'of its class. Choose a class to see where it lies.')
     return Section(H2('Features of the test images'), P(about), _class_legend(f.vocab),
                    Div(*panels, cls='grid feats'), note, id='features')
 
@@ -386,14 +392,15 @@ def _class_legend(vocab):
     return legend if len(items) <= 40 else Details(Summary(f'{len(items)} classes'), legend)
 
 def _tag(svg, classes):
-    "Points, badges and the text on them get the number of their class; each comes in the order of classes"
+    "Points, badges and their text get the number of their class; each comes in order of classes"
     n = svg.count('<g id="PathCollection_')
     if n in (len(classes), 2*len(classes)):
         tags = iter([*classes]*2)
-        svg = re.sub(r'<g id="PathCollection_', lambda m: f'<g class="c c{next(tags)}" data-was="', svg)
-        tags = iter(classes)
-        white = r'<text (?=style="[^"]*fill: (#ffffff|white))'
-        svg = re.sub(white, lambda m: f'<text class="c c{next(tags, "")}" ', svg)
+        def tagged(m): return f'<g class="c c{next(tags)}" data-was="'
+        svg = re.sub(r'<g id="PathCollection_', tagged, svg)
+        numbers = iter(classes)
+        def numbered(m): return f'<text class="c c{next(numbers, "")}" '
+        svg = re.sub(r'<text (?=style="[^"]*fill: (#ffffff|white))', numbered, svg)
     return Safe(svg.replace('id="PathCollection_', 'data-was="'))
 
 # %% ../nbs/14_report.ipynb #6b588d95
@@ -402,8 +409,9 @@ def _confusions(f):
     found = {k: f.confusion(k) for k in f.table.index if f.outputs[k]}
     if not found: return None
     parts = [_one_confusion(f, k, m, open=i == 0) for i,(k,m) in enumerate(found.items())]
-    about = ('Rows are the true classes, columns the answers; blue is right, orange is wrong, and a stronger '
-             'colour is a larger share of the row. Numbers are summed over the runs of a loss.')
+    about = ('Rows are the true classes, columns the answers; blue is right, orange is '
+             'wrong, and a stronger colour is a larger share of the row. Numbers are '
+             'summed over the runs of a loss.')
     return Section(H2('Who is taken for whom'), P(about), *parts, id='confusion')
 
 def _one_confusion(f, label, m, open):
@@ -422,7 +430,8 @@ def _frequent(f, m, most=8):
     pairs = [(i,j) for i,j in zip(*np.unravel_index(order, m.shape)) if off[i,j]]
     def one(i, j):
         n,total = m[i,j],m[i].sum()
-        return Li(Span(f.vocab[i]), ' taken for ', Span(f.vocab[j]), Small(f' {n} of {total} ({n/total:.1%})'))
+        often = Small(f' {n} of {total} ({n/total:.1%})')
+        return Li(Span(f.vocab[i]), ' taken for ', Span(f.vocab[j]), often)
     if not pairs: return P('No mistakes.')
     return Div(P('Most frequent mistakes'), Ol(*(one(i, j) for i,j in pairs)))
 
@@ -444,7 +453,8 @@ def _per_class(f):
     def shade(v): return f'--a:{.75*min(1, (1-v)/(1-low)):.2f}'
     rows = []
     for i in order:
-        cells = [_cell(f'{100*v[i]:.1f}', v[i], cls='heat', style=shade(v[i])) for v in acc.values()]
+        row = [v[i] for v in acc.values()]
+        cells = [_cell(f'{100*a:.1f}', a, cls='heat', style=shade(a)) for a in row]
         name = Th(f.vocab[i], scope='row', data_v=f.vocab[i])
         rows.append(Tr(name, _cell(total[i], total[i]), *cells))
     none = [v for v,n in zip(f.vocab, total) if not n]
@@ -466,7 +476,8 @@ def _card(m):
     pic = None
     if m['image'] is not None:
         small = max(np.shape(m['image'])[:2]) < 48
-        pic = Img(src=_png(m['image']), alt=f"test image {m['id']}", cls='pixels' if small else None)
+        alt = f"test image {m['id']}"
+        pic = Img(src=_png(m['image']), alt=alt, cls='pixels' if small else None)
     taken = Span(f"taken for {m['taken']}", cls='taken')
     often = Small(f"wrong in {m['wrong']} of {m['runs']} runs")
     return Figure(pic, Figcaption(Span(m['true']), taken, often, Small(m['id'])))
@@ -476,9 +487,9 @@ def _same(values):
     "Different values, in the order of appearance, as text"
     return ', '.join(dict.fromkeys(str(v) for v in values if v not in (None, False, '', [], {})))
 
-_facts = dict(data='data', arch='network', pretrained='pretrained', weights='weights', n_feats='features',
-              augment='augmentation', epochs='epochs', bs='batch size', lr='learning rate',
-              wd='weight decay', cbs='callbacks')
+_facts = dict(data='data', arch='network', pretrained='pretrained', weights='weights',
+              n_feats='features', augment='augmentation', epochs='epochs', bs='batch size',
+              lr='learning rate', wd='weight decay', cbs='callbacks')
 
 def _conditions(f, command):
     "What the numbers stand for, and how to get them again"
@@ -505,7 +516,8 @@ def _hparams(f, label):
     h = next(r['config'].get('hparams') or {} for r in f.rows if r['label'] == label)
     return ', '.join(f'{k} = {v}' for k,v in h.items()) or 'none'
 
-def _time(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
+def _time(s):
+    return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
 # %% ../nbs/14_report.ipynb #9ea0a014
 def _method(f):
@@ -518,8 +530,9 @@ def _method(f):
             f'"Equal" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
             'Seeds that would settle a verdict are an estimate for a power of 80%. '
             'Choose their number before you run them.',
-            '± is the standard deviation over seeds. ★ is better than every other loss in its column by '
-            'more than the noise; a loss whose accuracy is far below wins none.')
+            '± is the standard deviation over seeds. ★ is better than every other loss in '
+            'its column by more than the noise; a loss whose accuracy is far below wins '
+            'none.')
     return Details(Summary('How to read this'), Ul(*map(Li, said)))
 
 # %% ../nbs/14_report.ipynb #0a4ac4cd
@@ -603,7 +616,8 @@ summary .mark { margin-left: .3em; vertical-align: -1px }
 .conf { border-bottom: 1px solid var(--line) }
 .conf summary small { margin-left: .7em }
 .two { display: grid;
-  grid-template-columns: minmax(0, max-content) minmax(240px, 1fr); gap: 10px 40px; padding: .4rem 0 1.2rem }
+  grid-template-columns: minmax(0, max-content) minmax(240px, 1fr);
+  gap: 10px 40px; padding: .4rem 0 1.2rem }
 .two ol { padding-left: 1.4em; margin: .3rem 0 }
 .two li { overflow-wrap: anywhere; margin: .15rem 0 }
 .two li span { font-weight: 600 }
@@ -612,7 +626,8 @@ summary .mark { margin-left: .3em; vertical-align: -1px }
 .read { min-height: 1.5em; font-size: .88rem; margin: .3rem 0;
   color: var(--muted); position: sticky; left: 0 }
 dl { display: grid;
-  grid-template-columns: minmax(7em, max-content) minmax(0, 1fr); gap: .25rem 1.2rem; font-size: .92rem }
+  grid-template-columns: minmax(7em, max-content) minmax(0, 1fr);
+  gap: .25rem 1.2rem; font-size: .92rem }
 dt { color: var(--muted); overflow-wrap: anywhere; max-width: 18em }
 dd { margin: 0; overflow-wrap: anywhere }
 pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px;
@@ -653,7 +668,9 @@ function sort(table, i) {
   there.sort((r, s) => compare(value(r), value(s)) * (up ? 1 : -1));
   body.append(...there, ...missing);
 }
-all('table.sort').forEach(t => all('thead button', t).forEach((b, i) => b.onclick = () => sort(t, i)));
+all('table.sort').forEach(t => {
+  all('thead button', t).forEach((b, i) => b.onclick = () => sort(t, i));
+});
 
 // features: a class is lit up while the mouse is on its name, and after a click until the next one
 let chosen = null;
@@ -727,7 +744,8 @@ def report_html(
     sections = [o for o in sections if o is not None]
     data = _same(r['config'].get('data') for r in f.rows)
     title = f"{_count(len(f.labels), 'loss', 'losses')} on {data}"
-    head = HtmlHead(Meta(charset='utf-8'), Meta(http_equiv='Content-Security-Policy', content=_policy),
+    head = HtmlHead(Meta(charset='utf-8'),
+                    Meta(http_equiv='Content-Security-Policy', content=_policy),
                     Meta(name='viewport', content='width=device-width,initial-scale=1'),
                     Title(f'discloss: {title}'), Style(Safe(_css)))
     main = Main(H1(title), *_said(f), Nav(*_links(f, sections)), *sections)

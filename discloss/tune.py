@@ -29,7 +29,9 @@ def search_space(
     "What a search varies; raises ValueError for a name that cannot be searched"
     known = {k: h for k,h in loss.hypers.items() if h.search}
     wrong = set(names or ()) - set(known)
-    if wrong: raise ValueError(f"{loss.name} has no search range for {sorted(wrong)}; it has one for {sorted(known)}")
+    if wrong:
+        raise ValueError(f"{loss.name} has no search range for {sorted(wrong)}; it has one "
+                         f"for {sorted(known)}")
     return known if names is None else {k: known[k] for k in names}
 
 def suggest(
@@ -76,7 +78,7 @@ class Tuned:
     def trials(self) -> pd.DataFrame: # A row for each finished trial
         "Settings and validation accuracies"
         done = [t for t in self.study.trials if t.state.is_finished()]
-        return pd.DataFrame([dict(trial=t.number, accuracy=t.value, state=t.state.name.lower(), **t.params) for t in done])
+        return pd.DataFrame(map(_row, done))
     @property
     def settings(self) -> dict: # Hyper-parameters by name
         "The best hyper-parameters of the loss"
@@ -96,15 +98,18 @@ class Tuned:
     def line(self) -> str:
         "The code to use it"
         args = ', '.join(f'{k}={_short(v)}' for k,v in self.settings.items())
-        return f'{type(self.start).__name__}({args}); learn.fit_one_cycle(epochs, {self.lr:.3g}, wd={self.wd:.3g})'
-    def __repr__(self): return f'validation accuracy {self.accuracy:.4f}: {self.line()}\n{self.conditions}'
+        fit = f'learn.fit_one_cycle(epochs, {self.lr:.3g}, wd={self.wd:.3g})'
+        return f'{type(self.start).__name__}({args}); {fit}'
+    def __repr__(self):
+        return f'validation accuracy {self.accuracy:.4f}: {self.line()}\n{self.conditions}'
 
     def plot(self) -> plt.Figure:
         "Validation accuracy of each trial against each thing that was searched"
         table = self.trials.dropna(subset='accuracy')
         names = [k for k in table if k not in ('trial', 'accuracy', 'state')]
         with plot_style():
-            fig, axs = plt.subplots(1, len(names), figsize=(2.6*len(names), 2.6), sharey=True, layout='constrained', squeeze=False)
+            fig, axs = plt.subplots(1, len(names), figsize=(2.6*len(names), 2.6), sharey=True,
+                                    layout='constrained', squeeze=False)
             for ax,name in zip(axs[0], names): self._panel(ax, table, name)
             axs[0,0].set_ylabel('validation accuracy')
         plt.close(fig)
@@ -117,12 +122,16 @@ class Tuned:
         ax.set_xlabel(name)
         if logs: ax.set_xscale('log')
 
+def _row(t):
+    return dict(trial=t.number, accuracy=t.value, state=t.state.name.lower(), **t.params)
+
 def _short(v): return f'{v:.3g}' if isinstance(v, float) else repr(v)
 
 # %% ../nbs/23_tune.ipynb #c980ce94
 def _optuna():
     try: import optuna
-    except ImportError as e: raise ImportError("tune needs Optuna: pip install 'discloss[tune]'") from e
+    except ImportError as e:
+        raise ImportError("tune needs Optuna: pip install 'discloss[tune]'") from e
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -133,18 +142,19 @@ def _storage(optuna, out, storage):
     Path(out).mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal
     file = str(Path(out)/'tune.journal')
-    return optuna.storages.JournalStorage(backend.JournalFileBackend(file, lock_obj=backend.JournalFileOpenLock(file)))
+    lock = backend.JournalFileOpenLock(file)
+    return optuna.storages.JournalStorage(backend.JournalFileBackend(file, lock_obj=lock))
 
 def tune(
-    loss='center', # A loss, or its name, with hyper-parameters that stay fixed like center(alpha=0.1)
+    loss='center', # A loss, or its name, with what stays fixed like center(alpha=0.1)
     data='digits', # A name or folder as for image_dls, or any fastai DataLoaders
     n_trials:int=20, # Trials in all, those of earlier calls counted
-    names=None, # Hyper-parameters to search; None: all that say where; (): learning rate and weight decay alone
+    names=None, # Hyper-parameters to search; None: all that have a range; (): lr and wd alone
     arch=None, # See discloss.runs.find_arch; None: what suits the data
     n_feats:int|None=None, # Number of features; None: as arch has it
     epochs:int=10, # Epochs of one cycle
     seeds:int=1, # Seeds of each trial
-    lr:float|None=None, # Middle of the rates that are searched, from a tenth to three times; None: default_lr
+    lr:float|None=None, # Rates from lr/10 to 3*lr are searched; None: default_lr
     out=None, # Folder for the journal of trials; None: nothing is written
     storage:str|None=None, # Any URL that Optuna knows, in place of the journal
     show:bool=True, # Show progress?
@@ -157,19 +167,27 @@ def tune(
     dls = image_dls(data, **data_kwargs) if isinstance(data, (str,Path)) else data
     arch = default_arch.get(getattr(dls, 'name', ''), 'small_body') if arch is None else arch
     rate = default_lr(arch) if lr is None else lr
-    setup = dict(data=fingerprint(dls), arch=arch, n_feats=n_feats, epochs=epochs, seeds=seeds, lr=rate, names=sorted(space), loss=loss_label(loss))
-    study = optuna.create_study(study_name=f'{loss_label(loss)} {run_key(setup)}', storage=_storage(optuna, out, storage), load_if_exists=True,
-                                direction='maximize', sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+    label = loss_label(loss)
+    setup = dict(data=fingerprint(dls), arch=arch, n_feats=n_feats, epochs=epochs, seeds=seeds,
+                 lr=rate, names=sorted(space), loss=label)
+    study = optuna.create_study(
+        study_name=f'{label} {run_key(setup)}', direction='maximize',
+        storage=_storage(optuna, out, storage), load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=0),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
     if not study.trials: study.enqueue_trial(dict(_defaults(loss, space), lr=rate, wd=0.01))
     def objective(trial):
         values = {k: suggest(trial, k, h) for k,h in space.items()}
         trial.set_user_attr('values', values)
-        fit = dict(lr=trial.suggest_float('lr', rate/10, 3*rate, log=True), wd=trial.suggest_float('wd', 1e-4, 0.3, log=True))
+        fit = dict(lr=trial.suggest_float('lr', rate/10, 3*rate, log=True),
+                   wd=trial.suggest_float('wd', 1e-4, 0.3, log=True))
         try: candidate = type(loss)(**{**loss.hparams, **values})
         except ValueError: return 0. # Settings that do not go together
         return _score(optuna, trial, candidate, seeds, dls, arch, n_feats, epochs, fit)
-    _search(study, objective, n_trials, show, loss_label(loss))
-    line = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}, {epochs} epochs, {n_trials} trials of {seeds} seed{'s' if seeds > 1 else ''}"
+    _search(study, objective, n_trials, show, label)
+    each = '1 seed' if seeds == 1 else f'{seeds} seeds'
+    where = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}"
+    line = f'{where}, {epochs} epochs, {n_trials} trials of {each}'
     return Tuned(study, loss, space, line)
 
 # %% ../nbs/23_tune.ipynb #cec3f1c2
@@ -202,7 +220,9 @@ def _search(study, objective, n_trials, show, label):
         if missing() <= 0: break # Another machine did them
         study.optimize(objective, n_trials=1)
         if bar: bar.update(i+1)
-        elif show: print(f'{label}: trial {i+1} of {todo}, best validation accuracy {study.best_value:.4f}', flush=True)
+        elif show:
+            print(f'{label}: trial {i+1} of {todo}, best validation accuracy '
+                  f'{study.best_value:.4f}', flush=True)
 
 # %% ../nbs/23_tune.ipynb #48c55040
 @call_parse
@@ -220,9 +240,12 @@ def discloss_tune(
     root:str=None, # Where image sets are looked for
 ):
     "Search hyper-parameters of one loss, on validation images only"
-    try: found = tune(loss, data, n_trials, None, arch, None, epochs, seeds, lr, out, storage, root=root, n_train=n_train)
+    try:
+        found = tune(loss, data, n_trials, None, arch, None, epochs, seeds, lr, out, storage,
+                     root=root, n_train=n_train)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'discloss_tune: {e}')
-    except KeyboardInterrupt: sys.exit(f'\ndiscloss_tune: stopped; finished trials are kept in {out}, the same command goes on from there')
+    except KeyboardInterrupt: sys.exit('\ndiscloss_tune: stopped; finished trials are kept '
+                                       f'in {out}, the same command goes on from there')
     file = Path(out)/f'tune_{found.start.name}.png'
     found.plot().savefig(file, dpi=120)
     print(f'{found}\nwritten: {file}')

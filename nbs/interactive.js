@@ -91,21 +91,21 @@ const cosine = (name, what, margin) => ({
 // From the first anchor towards the sample
 const away = (t, a, x) => plus(a[0], times(t / (norm(minus(x, a[0])) || 1), minus(x, a[0])));
 const games = {
-  normface: cosine('NormFace', 'Only the angle counts. A larger scale makes the sample sure sooner, and its push end sooner.'),
-  cosface: cosine('CosFace', 'The own cosine is lowered by the margin: the push goes on beyond the boundary.',
+  normface: cosine('NormFace', 'Only the angle counts. With a larger scale, the push ends as soon as the own class is the nearest.'),
+  cosface: cosine('CosFace', 'The margin is taken from the own cosine, so the push goes on beyond the boundary.',
     slider('margin m', 0, 1, 0.01, 0.35)),
-  arcface: cosine('ArcFace', 'The own angle is raised by the margin. Where the sum passes 180°, another form takes over, and the curve jumps.',
+  arcface: cosine('ArcFace', 'The margin is added to the own angle. Where the sum passes 180°, another formula takes over, and the curve jumps.',
     slider('margin m, radians', 0, 1.57, 0.01, 0.5)),
-  circle: cosine('Circle', 'Each cosine is pushed the more, the farther it is from its goal.',
+  circle: cosine('Circle', 'The farther a cosine is from its goal, the harder it is pushed.',
     slider('margin m', 0.01, 0.99, 0.01, 0.25)),
   sigma2r: {
-    name: 'σ²R', what: 'The pull to the center, switched on by a sigmoid of the distance. With slope 0 it is center loss.',
+    name: 'σ²R', what: 'The squared distance to the center, times a sigmoid of it. With slope 0 this is center loss.',
     loss: sigma2rLoss, anchors: [[0, 0]], anchorNames: ['center'],
     sliders: {slope: slider('slope', 0, 10, 0.1, 1), tau: slider('turning point τ', 0, 3, 0.05, 1),
       unit: slider('mean squared distance ν', 0.1, 3, 0.05, 1)},
     across: 'distance to the center', most: 2, place: (x, a) => norm(minus(x, a[0])), at: away},
   ldmat: {
-    name: 'LDMAT', what: 'Each distance has a target: δ to samples of other classes, slack times δ to those of the own.',
+    name: 'LDMAT', what: 'Each distance has a target: δ to samples of other classes, slack times δ to the sample of the own class.',
     loss: ldmatLoss, anchors: [[0, 0.7], [0.9, -0.6], [-0.9, -0.6]], anchorNames: ['own', 'other', 'other'],
     sliders: {delta: slider('distance δ between classes', 0.2, 2.5, 0.05, 1.4), slack: slider('slack', 0, 0.95, 0.05, 0)},
     across: 'distance to the sample of the own class', most: 2,
@@ -161,20 +161,27 @@ function play(root) {
     c.stroke();
   }
 
+  function drawSurface(c, size, where) { // the more loss, the deeper; a small picture, made larger
+    const cells = 120, step = size / cells, small = document.createElement('canvas');
+    small.width = small.height = cells;
+    const values = [];
+    for (let j = 0; j < cells; j++) for (let i = 0; i < cells; i++)
+      values.push(loss(where([(i + 0.5) * step, (j + 0.5) * step])).value);
+    const least = Math.min(...values), most = Math.max(...values);
+    const picture = new ImageData(cells, cells);
+    values.forEach((v, k) => {
+      const alpha = 191 * (v - least) / (most - least || 1);
+      picture.data.set([0, 114, 178, alpha], 4 * k);
+    });
+    small.getContext('2d').putImageData(picture, 0, 0);
+    c.drawImage(small, 0, 0, size, size);
+  }
+
   function drawPlane() {
     const [c, size] = fit(plane, w => w);
     const pixel = x => [(x[0] / reach + 1) * size / 2, (1 - x[1] / reach) * size / 2];
     const where = p => [(2 * p[0] / size - 1) * reach, (1 - 2 * p[1] / size) * reach];
-    const cells = 64, step = size / cells, values = [];
-    for (let i = 0; i < cells; i++) for (let j = 0; j < cells; j++)
-      values.push(loss(where([(i + 0.5) * step, (j + 0.5) * step])).value);
-    const least = Math.min(...values), most = Math.max(...values);
-    values.forEach((v, k) => { // the more loss, the deeper
-      c.fillStyle = `rgba(0, 114, 178, ${0.75 * (v - least) / (most - least || 1)})`;
-      const edge = n => Math.round(n * step); // whole pixels, so that neighbours meet
-      const i = Math.floor(k / cells), j = k % cells;
-      c.fillRect(edge(i), edge(j), edge(i + 1) - edge(i), edge(j + 1) - edge(j));
-    });
+    drawSurface(c, size, where);
     const grid = 15, gap = size / grid, pushes = [];
     for (let i = 0; i < grid; i++) for (let j = 0; j < grid; j++) {
       const at = [(i + 0.5) * gap, (j + 0.5) * gap];
@@ -201,14 +208,14 @@ function play(root) {
 
   function drawCurve() {
     const [c, width, height] = fit(curve, w => Math.min(w * 0.62, 300));
-    const left = 46, right = 10, top = 12, low = height - 40, n = 160;
+    const left = 46, right = 10, top = 26, low = height - 40, n = 160;
     const ts = Array.from({length: n + 1}, (_, i) => (i + 1e-3) / (n + 2e-3) * game.most);
     const values = ts.map(t => loss(game.at(t, anchors, point)).value);
     const most = Math.max(...values, 1e-9);
     const px = t => left + t / game.most * (width - left - right), py = v => low - v / most * (low - top);
     c.strokeStyle = faint(0.3);
     c.strokeRect(left, top, width - left - right, low - top);
-    c.strokeStyle = colors[0];
+    c.strokeStyle = '#2a93d5'; // seen on white and on dark ground
     c.lineWidth = 2;
     c.beginPath();
     values.forEach((v, i) => c.lineTo(px(ts[i]), py(v)));
@@ -220,6 +227,7 @@ function play(root) {
     c.textAlign = 'right';
     for (const k of [0, 1]) c.fillText((k * most).toPrecision(2), left - 6, py(k * most) + 5);
     c.textAlign = 'left';
+    c.fillText('loss', left, 16);
     const t = game.place(point, anchors);
     if (t <= game.most) disc(c, [px(t), py(Math.min(loss(game.at(t, anchors, point)).value, most))], 5, '#f0e442');
   }

@@ -88,20 +88,26 @@ local function pieces(code) -- a cell's source, cut where a function or class be
   return res
 end
 
-local function show_source(cell, entries)
-  local res, by_name = {}, {}
-  for _, e in ipairs(entries) do by_name[e.name or ''] = e end
-  for _, p in ipairs(pieces(cell.content[1])) do
-    local entry = by_name[p.name or '']
-    if entry then
-      local link = entry.link.content[1]
-      link.attributes.style = nil
-      link.classes = {'source-link'}
-      table.insert(res, pandoc.Div({pandoc.Plain({link})}, {class = 'source-line'}))
-      table.insert(res, entry.head)
-    end
-    local code = pandoc.CodeBlock(p.text, {class = 'python cell-code'})
-    table.insert(res, pandoc.Div({code}, {class = 'cell'}))
+local function heading(entry) -- a link to the source, and the name
+  local link = entry.link.content[1]
+  link.attributes.style = nil
+  link.classes = {'source-link'}
+  return pandoc.Div({pandoc.Plain({link})}, {class = 'source-line'}), entry.head
+end
+
+local function show_source(cell, by_name)
+  local code, res = cell.content[1], {}
+  local _, lines = code.text:gsub('\n', '')
+  local text = '\n' .. code.text
+  if lines > 30 and not text:find('\ndef ') and not text:find('\nclass ') then -- styles, scripts
+    code.attributes['code-fold'] = 'true'
+    return {cell}
+  end
+  for _, p in ipairs(pieces(code)) do
+    local entry = table.remove(by_name[p.name or ''] or {}, 1)
+    if entry then for _, b in ipairs({heading(entry)}) do table.insert(res, b) end end
+    local source = pandoc.CodeBlock(p.text, {class = 'python cell-code'})
+    table.insert(res, pandoc.Div({source}, {class = 'cell'}))
   end
   for i = 2, #cell.content do table.insert(res, cell.content[i]) end
   return res
@@ -110,19 +116,22 @@ end
 local function one_listing(blocks)
   local res, i = {}, 1
   while i <= #blocks do
-    local entries, j, cell = {}, i, nil
-    while true do
+    local by_name, cells, j = {}, {}, i
+    while blocks[j] do
       local e = entry_at(blocks, j)
       if e then
-        table.insert(entries, e)
+        by_name[e.name or ''] = by_name[e.name or ''] or {}
+        table.insert(by_name[e.name or ''], e)
         j = e.last + 1
-      elseif blocks[j] and not cell and #entries > 0 and is_source(blocks[j]) then
-        cell = blocks[j]
+      elseif is_source(blocks[j]) then
+        table.insert(cells, blocks[j])
         j = j + 1
       else break end
     end
-    if cell then
-      for _, b in ipairs(show_source(cell, entries)) do table.insert(res, b) end
+    for _, cell in ipairs(cells) do
+      for _, b in ipairs(show_source(cell, by_name)) do table.insert(res, b) end
+    end
+    if #cells > 0 then
       i = j
     else
       table.insert(res, blocks[i])

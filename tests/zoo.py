@@ -1,4 +1,5 @@
-"Home-made models: every way we know in which a last linear layer is not the output. Each takes 8 inputs; `zoo[name]` gives the model, and what with_head should do."
+"""Home-made models: every way we know in which a last linear layer is not the output.
+Each takes 8 inputs; `zoo[name]` gives the model, and what with_head should do."""
 import collections, threading, warnings
 
 import torch
@@ -6,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-zoo = {} # Name -> (function that makes the model, the layer that is replaced or a part of the sentence, arguments of with_head)
+# Name -> (function that makes the model, what should happen, arguments of with_head)
+zoo = {}
 
 def takes(layer, /, **kwargs):
     "The head goes into this layer"
@@ -29,7 +31,8 @@ class Net(nn.Module):
 # ---- where the classifier is
 
 @takes('4')
-def sequential(): return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+def sequential():
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
 
 @takes('1.0.1')
 def nested_sequential():
@@ -77,7 +80,8 @@ def two_inputs():
     return Two()
 
 @takes('fc')
-def layers_used_twice(): return Net(lambda m, x: m.fc(m.shared(m.shared(m.trunk(x)))), shared=nn.Linear(6, 6))
+def layers_used_twice():
+    return Net(lambda m, x: m.fc(m.shared(m.shared(m.trunk(x)))), shared=nn.Linear(6, 6))
 
 @takes('fc')
 def weights_tied():
@@ -93,7 +97,8 @@ def asserts_its_input():
     return Net(join)
 
 @takes('fc', x=True)
-def branches_with_a_batch(): return Net(lambda m, x: m.fc(m.trunk(x)) if x.sum() > 0 else m.fc(m.trunk(-x)))
+def branches_with_a_batch():
+    return Net(lambda m, x: m.fc(m.trunk(x)) if x.sum() > 0 else m.fc(m.trunk(-x)))
 
 @takes('fc')
 def returns_more_only_when_asked():
@@ -150,16 +155,21 @@ def lazy_linear_after_a_batch():
 
 @says("no nn.Linear to replace.*Conv2d.*n_feats")
 def convolution_as_classifier():
-    return nn.Sequential(nn.Unflatten(1, (2,2,2)), nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layers = nn.Unflatten(1, (2,2,2)), nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers)
 
 @says("not that of a linear layer, but of flatten.*n_feats")
-def convolution_after_linear_layers(): return Net(lambda m, x: m.end(m.up(m.trunk(x))).flatten(1), up=nn.Unflatten(1, (6,1,1)), end=nn.Conv2d(6, 3, 1))
+def convolution_after_linear_layers():
+    def join(m, x): return m.end(m.up(m.trunk(x))).flatten(1)
+    return Net(join, up=nn.Unflatten(1, (6,1,1)), end=nn.Conv2d(6, 3, 1))
 
 @says("not that of a linear layer, but of linear")
-def functional(): return Net(lambda m, x: F.linear(m.trunk(x), m.table), table=nn.Parameter(torch.randn(3, 6)))
+def functional():
+    return Net(lambda m, x: F.linear(m.trunk(x), m.table), table=nn.Parameter(torch.randn(3, 6)))
 
 @says("not that of a linear layer, but of matmul")
-def matrix_product(): return Net(lambda m, x: m.trunk(x) @ m.table, table=nn.Parameter(torch.randn(6, 3)))
+def matrix_product():
+    return Net(lambda m, x: m.trunk(x) @ m.table, table=nn.Parameter(torch.randn(6, 3)))
 
 @says("not that of a linear layer, but of 'end' .Bilinear")
 def bilinear(): return Net(lambda m, x: m.end(m.trunk(x), m.trunk(x)), end=nn.Bilinear(6, 6, 3))
@@ -189,7 +199,8 @@ def low_rank_adapter_named(): return Net(fc=LoRA())
 def log_softmax(): return Net(lambda m, x: F.log_softmax(m.fc(m.trunk(x)), dim=1))
 
 @says("but of '3' .Softmax., after '2'")
-def softmax_layer(): return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3), nn.Softmax(1))
+def softmax_layer():
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3), nn.Softmax(1))
 
 @says("but of squeeze, after 'fc'")
 def squeeze(): return Net(lambda m, x: m.fc(m.trunk(x)[:,None]).squeeze(1))
@@ -217,7 +228,10 @@ def normalized_embedding(): return Net(lambda m, x: F.normalize(m.fc(m.trunk(x))
 
 @says("does something with it.*return what its classifier gives")
 def log_softmax_that_cannot_be_traced():
-    return Net(lambda m, x: F.log_softmax(m.fc(m.trunk(x)), dim=1) if x.sum() > 0 else -m.fc(m.trunk(x)))
+    def join(m, x):
+        logits = m.fc(m.trunk(x))
+        return F.log_softmax(logits, dim=1) if x.sum() > 0 else -logits
+    return Net(join)
 
 @says(r"not that of a linear layer .*'fc'. ran.*return its logits", x=True)
 def log_softmax_with_a_batch(): return log_softmax_that_cannot_be_traced()
@@ -250,18 +264,24 @@ def returns_a_namedtuple(): return Net(lambda m, x: Pair(m.fc(m.trunk(x)), m.tru
 def returns_nothing(): return Net(lambda m, x: None)
 
 @says("returns tuple, not one tensor")
-def coarse_and_fine(): return Net(lambda m, x: (m.fc(m.trunk(x)), m.coarse(m.trunk(x))), coarse=nn.Linear(6, 2))
+def coarse_and_fine():
+    return Net(lambda m, x: (m.fc(m.trunk(x)), m.coarse(m.trunk(x))), coarse=nn.Linear(6, 2))
 
 @says("in training Net returns 2 outputs.*second or auxiliary classifier")
 def auxiliary_classifier_in_training():
-    return Net(lambda m, x: (m.fc(m.trunk(x)), m.aux(m.trunk(x))) if m.training else m.fc(m.trunk(x)), aux=nn.Linear(6, 3))
+    def join(m, x):
+        feats = m.trunk(x)
+        return (m.fc(feats), m.aux(feats)) if m.training else m.fc(feats)
+    return Net(join, aux=nn.Linear(6, 3))
 
 @says("does not come from the head.*layer=")
 def another_classifier_in_training():
-    return Net(lambda m, x: m.aux(m.trunk(x)) if m.training else m.fc(m.trunk(x)), aux=nn.Linear(6, 3))
+    def join(m, x): return m.aux(m.trunk(x)) if m.training else m.fc(m.trunk(x))
+    return Net(join, aux=nn.Linear(6, 3))
 
 @says("comes from 2 classifiers, .'fc', 'other'.")
-def two_classifiers_averaged(): return Net(lambda m, x: (m.fc(m.trunk(x)) + m.other(m.trunk(x)))/2, other=nn.Linear(6, 3))
+def two_classifiers_averaged():
+    return Net(lambda m, x: (m.fc(m.trunk(x)) + m.other(m.trunk(x)))/2, other=nn.Linear(6, 3))
 
 @says("comes from 2 classifiers")
 def ensemble():
@@ -276,7 +296,8 @@ def ensemble():
 def classifier_used_twice(): return Net(lambda m, x: m.fc(m.trunk(x)) + m.fc(m.trunk(-x)))
 
 @says("dict.*does something with it")
-def classifier_used_for_a_look(): return Net(lambda m, x: m.fc(m.trunk(x + 0*m.fc(m.trunk(x)).sum())))
+def classifier_used_for_a_look():
+    return Net(lambda m, x: m.fc(m.trunk(x + 0*m.fc(m.trunk(x)).sum())))
 
 @says("does not come from the head.*nn.ModuleList")
 def classifier_in_a_plain_list_too():
@@ -384,18 +405,22 @@ def shared_memory_of_a_batch():
 
 # ---- models of libraries, without their weights
 
-torchvision_names = '''alexnet vgg11 vgg11_bn squeezenet1_0 densenet121 inception_v3 googlenet shufflenet_v2_x0_5
-    mobilenet_v2 mobilenet_v3_small resnet18 resnext50_32x4d wide_resnet50_2 mnasnet0_5 efficientnet_b0 regnet_y_400mf
-    vit_b_16 swin_t convnext_tiny maxvit_t'''.split()
+torchvision_names = '''alexnet vgg11 vgg11_bn squeezenet1_0 densenet121 inception_v3
+    googlenet shufflenet_v2_x0_5 mobilenet_v2 mobilenet_v3_small resnet18
+    resnext50_32x4d wide_resnet50_2 mnasnet0_5 efficientnet_b0 regnet_y_400mf vit_b_16
+    swin_t convnext_tiny maxvit_t'''.split()
 
-timm_names = '''test_resnet test_vit test_efficientnet test_convnext test_byobnet resnet10t vit_tiny_patch16_224
-    deit_tiny_distilled_patch16_224 pit_ti_distilled_224 levit_128s efficientformer_l1 efficientformerv2_s0 efficientnet_b0
-    mobilenetv3_small_050 regnetx_002 densenet121 dla34 ghostnet_050 hardcorenas_a convnext_atto
-    swin_tiny_patch4_window7_224 mixer_s32_224 gmlp_ti16_224 resmlp_12_224 poolformer_s12 edgenext_xx_small cait_xxs24_224
-    coat_tiny convit_tiny crossvit_tiny_240 tnt_s_patch16_224 xcit_nano_12_p16_224 twins_pcpvt_small pvt_v2_b0
-    mobilevit_xxs repvgg_a0 rexnet_100 selecsls42 inception_v3 eva02_tiny_patch14_224 focalnet_tiny_srf fastvit_t8 hgnet_tiny hrnet_w18_small lambda_resnet26t
-    maxvit_rmlp_pico_rw_256 nextvit_small repghostnet_050 res2net50_14w_8s sequencer2d_s skresnet18
-    starnet_s1 tiny_vit_5m_224 visformer_tiny'''.split()
+timm_names = '''test_resnet test_vit test_efficientnet test_convnext test_byobnet
+    resnet10t vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 pit_ti_distilled_224
+    levit_128s efficientformer_l1 efficientformerv2_s0 efficientnet_b0
+    mobilenetv3_small_050 regnetx_002 densenet121 dla34 ghostnet_050 hardcorenas_a
+    convnext_atto swin_tiny_patch4_window7_224 mixer_s32_224 gmlp_ti16_224 resmlp_12_224
+    poolformer_s12 edgenext_xx_small cait_xxs24_224 coat_tiny convit_tiny
+    crossvit_tiny_240 tnt_s_patch16_224 xcit_nano_12_p16_224 twins_pcpvt_small pvt_v2_b0
+    mobilevit_xxs repvgg_a0 rexnet_100 selecsls42 inception_v3 eva02_tiny_patch14_224
+    focalnet_tiny_srf fastvit_t8 hgnet_tiny hrnet_w18_small lambda_resnet26t
+    maxvit_rmlp_pico_rw_256 nextvit_small repghostnet_050 res2net50_14w_8s sequencer2d_s
+    skresnet18 starnet_s1 tiny_vit_5m_224 visformer_tiny'''.split()
 
 def of_torchvision(name):
     from torchvision.models import get_model
@@ -407,10 +432,14 @@ def of_timm(name, **kwargs):
 
 small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1000)
 transformers_configs = dict(
-    ViT=dict(small, intermediate_size=64), DeiT=dict(small, intermediate_size=64), Dinov2=small, Beit=dict(small, intermediate_size=64),
+    ViT=dict(small, intermediate_size=64),
+    DeiT=dict(small, intermediate_size=64),
+    Dinov2=small,
+    Beit=dict(small, intermediate_size=64),
     ConvNext=dict(hidden_sizes=[8,16,32,64], depths=[1,1,1,1], num_labels=1000),
     Swin=dict(embed_dim=24, depths=[1,1], num_heads=[2,2], num_labels=1000),
-    ResNet=dict(embedding_size=8, hidden_sizes=[8,16], depths=[1,1], layer_type='basic', num_labels=1000),
+    ResNet=dict(embedding_size=8, hidden_sizes=[8,16], depths=[1,1], layer_type='basic',
+                num_labels=1000),
     MobileNetV2=dict(depth_multiplier=0.35, num_labels=1000))
 
 def of_transformers(name):
@@ -447,7 +476,8 @@ refused = {
     **{f'timm {k}': "comes from 2 classifiers.*n_feats = model.num_features" for k in distilled},
     'transformers DeiT WithTeacher': 'cannot tell where the output.*layer='}
 
-any_size = 'efficientnet regnet resn densenet mobilenet mnasnet vgg shufflenet squeezenet dla ghost hardcore repvgg rexnet'.split()
+any_size = '''efficientnet regnet resn densenet mobilenet mnasnet vgg shufflenet squeezenet
+    dla ghost hardcore repvgg rexnet'''.split()
 
 def images(model, library, name):
     "Two images of the size that a model takes, small where any size will do"
@@ -462,7 +492,7 @@ def batch(model):
     return torch.randn(4, 8).to(p.device, p.dtype)
 
 def one_step(model, inputs, loss, n_out=3, **kwargs):
-    "Give a model the head of a loss and train it one step; returns the model, the name of the layer, and its gradient's norm"
+    "Train a model with a loss's head one step; gives the model, the layer, the gradient's norm"
     from discloss.core import find_head, with_head
     if kwargs.get('x'): kwargs['x'] = inputs
     model = with_head(model, loss, n_out, **kwargs).train()
