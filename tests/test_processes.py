@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from discloss.core import communication
 from discloss.losses.cc import CCLoss
@@ -57,6 +58,28 @@ def step(loss, x, y):
     grads = {k: p.grad for k,p in model.named_parameters() if p.grad is not None}
     return dict(values=values.detach(), grads=grads, buffers={k: b.clone() for k,b in model.named_buffers()})
 
+@torch.no_grad()
+def logged(loss, x, y):
+    "The training loss without gradients"
+    return loss(loss.head(n_in, n_out)(x), y)
+
+def joined(rank):
+    "DistributedDataParallel on uneven numbers of batches, for all losses that sum over processes"
+    x, y, found = *batch(), {}
+    for name in 'center', 'sigma2r', 'ldmat', 'pod':
+        torch.manual_seed(0)
+        loss = copy.deepcopy(losses[name])
+        model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(n_in, n_in), loss.head(n_in, n_out)))
+        opt, before = torch.optim.SGD(model.parameters(), 0.1), copy.deepcopy(model.state_dict())
+        with communication(False), model.join():
+            for _ in range(1+rank):
+                opt.zero_grad()
+                loss(model(x), y).mean().backward()
+                opt.step()
+        found[name] = next(model.parameters()).detach()
+        assert not torch.equal(found[name], before['module.0.weight'])
+    return dict(weights=found)
+
 def worker(rank, sizes, port, queue):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR='localhost', MASTER_PORT=str(port))
@@ -67,6 +90,11 @@ def worker(rank, sizes, port, queue):
         found[name] = step(loss, x, y)
         for g in found[name]['grads'].values(): dist.all_reduce(g)
     with communication(False): found['alone'] = step(losses['ldmat'], x, y)
+    first = dist.new_group([0])
+    if rank == 0: # A group that the others are not in, and a line for a log: nobody is waited for
+        with communication(first): found['group'] = step(losses['ldmat'], x, y)
+        for loss in losses.values(): logged(loss, x, y)
+    found['joined'] = joined(rank)
     queue.put((rank, {k: pickled(v) for k,v in found.items()}))
     dist.barrier()
     dist.destroy_process_group()
@@ -111,3 +139,16 @@ def test_communication_off_compares_own_samples(parts):
     sizes, found = parts
     for f,x,y in zip(found, *(t.split(sizes) for t in batch())):
         assert torch.allclose(torch.from_numpy(f['alone']['values']), step(losses['ldmat'], x, y)['values'], rtol=1e-9)
+
+def test_a_group_keeps_to_its_samples(parts):
+    sizes, found = parts
+    x, y = (t.split(sizes)[0] for t in batch())
+    assert torch.allclose(torch.from_numpy(found[0]['group']['values']), step(losses['ldmat'], x, y)['values'], rtol=1e-9)
+
+def test_uneven_numbers_of_batches_end_with_the_same_weights(parts):
+    "Inside communication(False), DDP's join works as for any loss"
+    sizes, found = parts
+    for name in 'center', 'sigma2r', 'ldmat', 'pod':
+        weights = [torch.from_numpy(f['joined']['weights'][name]) for f in found]
+        assert weights[0].isfinite().all()
+        assert all(torch.equal(weights[0], w) for w in weights)
