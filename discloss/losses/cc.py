@@ -27,8 +27,8 @@ cc_hypers = dict(
 def _pairs(a, targ, f):
     "For each sample: sums of f(distance) over its class and over others, and the size of its class"
     near, far = f(distances(a, a))
-    own = targ[:,None] == targ
-    return (near*own).sum(1), (far*~own).sum(1), own.sum(1)
+    own = (targ[:,None] == targ).to(a.dtype)
+    return torch.linalg.vecdot(near, own), torch.linalg.vecdot(far, 1-own), own.sum(1)
 
 def _moments(a, targ, n_out):
     "The same for squared distances, from the means and variances of classes"
@@ -67,13 +67,15 @@ def cc_loss(
 def _cc_losses(attention, targ, mode, margin, squared, n_out, eps, sums):
     "One loss per sample, from the pairs of all samples given"
     N = len(targ)
-    # $D_{nm}$ divides by $\sqrt C$, so that it is at most 1 whatever the number of channels
-    a = attention/attention.shape[1]**.5
     # $\sum_m D_{nm}$ within the class of $n$, and outside of it
     def f(d):
+        # Divided by $\sqrt C$, so that it is at most 1 whatever the number of channels
+        d = d/attention.shape[1]**.5
         if squared: d = d.pow(2)
         return d, F.relu(margin-d) if mode == 'hinge' else d
-    same, other, n = _moments(a, targ, n_out) if squared and mode != 'hinge' else _pairs(a, targ, f)
+    by_moments = squared and mode != 'hinge'
+    if by_moments: same, other, n = _moments(attention/attention.shape[1]**.5, targ, n_out)
+    else: same, other, n = _pairs(attention, targ, f)
     # $\frac{N}{|S|}\sum_m D_{nm}$ and $\frac{N}{|B|}\sum_m D_{nm}$, of means $L_{intra}$, $L_{inter}$
     n_same, n_other = (n-1).sum().clamp_min(1), (N-n).sum().clamp_min(1)
     if sums: n_same = n_other = 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import Choice, DiscLoss, Number, check_hparams, check_inputs, full_precision
 from ..core import gather_samples, reduce_losses
-from ..heads import CenterHead, linear_cross_entropy
+from ..heads import CenterHead, linear_cross_entropy, own_distances
 
 # %% ../../nbs/losses/10_center.ipynb #89571a31
 center_hypers = dict(
@@ -29,16 +29,16 @@ def squared_center_distance(
     check_centers(feats, targ, centers)
     # $\lVert x_i - c_{y_i}\rVert^2$, as exact differences: the expanded form loses all digits where
     # classes collapse
-    own = centers.index_select(0, targ.long()).to(feats.dtype)
-    return F.mse_loss(feats, own, reduction='none').sum(1)
+    return own_distances(feats, centers, targ.long())
 
 def check_centers(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     centers:Tensor, # Class centers, shape (classes, d)
+    values:bool|None=None, # Look at the values too? None: on the CPU
 ):
     "Raise TypeError or ValueError if these do not belong together"
-    check_inputs(targ, n_out=len(centers), feats=feats)
+    check_inputs(targ, len(centers), values, feats=feats)
     if centers.shape[1:] == feats.shape[1:]: return
     raise ValueError(f"centers must have shape (classes, {feats.shape[1]}) like the features, got "
                      f"{tuple(centers.shape)}")
@@ -62,6 +62,9 @@ def update_centers(
     "Move the centers towards their classes by the paper's rule, with the samples of all processes"
     check_hparams(center_hypers, alpha=alpha)
     check_centers(feats, targ, centers)
+    _move_centers(centers, feats, targ, alpha)
+
+def _move_centers(centers, feats, targ, alpha):
     dtype = torch.promote_types(centers.dtype, torch.float32)
     x, y = gather_samples(feats.detach().to(dtype), targ.long())
     # $n_j=\sum_i[y_i=j]$
@@ -84,13 +87,14 @@ class CenterLoss(DiscLoss):
         super().__init__(reduction, weight)
         self.set_hparams(lam=lam, alpha=alpha, learned=learned)
 
-    def center_term(self, feats, targ, centers):
-        return center_loss(feats, targ, centers, reduction='none')
+    def center_term(self, feats, targ, centers): return own_distances(feats, centers, targ)/2
 
     def head(self, n_in, n_out): return CenterHead(n_in, n_out, learned=self.learned)
     def loss(self, feats, centers, targ, logits=None, weight=None, bias=None):
         if logits is None: ce = linear_cross_entropy(feats, weight, targ, bias)
         else: ce = F.cross_entropy(logits, targ, reduction='none')
+        # DiscLoss has looked at the values
+        check_centers(feats, targ, centers, values=False)
         return ce + self.lam*self.center_term(feats, targ, centers)
     def track(self, feats, centers, targ):
-        if not self.learned: update_centers(centers, feats, targ, self.alpha)
+        if not self.learned: _move_centers(centers, feats, targ, self.alpha)

@@ -56,12 +56,14 @@ class CircleLoss(GSoftmaxLoss):
         super().__init__(scale, sample, reduction, weight)
         self.set_hparams(margin=margin)
 
-    def own(self, u): return circle_transform(u, u, self.margin)[0]
-    def others(self, u): return circle_transform(u, u, self.margin)[1]
+    # Only the difference of the two counts, so both are higher by $m^2$:
+    # $[u+m]_+(u-m)+m^2=v^2$ with $v=\max(u,-m)$
+    def own(self, u): return circle_transform(u, u, self.margin)[0] + self.margin**2
+    def others(self, u): return circle_transform(u, u, self.margin)[1] + self.margin**2
     def scaled_others(self, z, scale):
-        # $s\,[u+m]_+(u-m)$ and the slope $[u+m]_+$
-        slope = (z/scale).add_(self.margin).clamp_min_(0)
-        return (z-scale*self.margin).mul_(slope), slope
+        # $s\,v^2$ and the slope $[u+m]_+=v+m$, with $v=\max(u,-m)$
+        v = (z/scale).clamp_min_(-self.margin)
+        return (v*v).mul_(scale), v.add_(self.margin)
 
 # %% ../../nbs/losses/55_circle.ipynb #0ce9e9b5
 def _anchor_losses(u, pos, neg, scale, margin):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import (DiscLoss, Number, check_hparams, check_inputs, full_precision,
     reduce_losses)
+from ..heads import split_logits
 
 # %% ../../nbs/losses/70_crl.ipynb #862bfdc1
 @full_precision
@@ -28,12 +29,9 @@ def nllr_loss(
     return reduce_losses(_odds_against(logits, targ.long()), reduction)
 
 def _odds_against(logits, targ): # The same without a look at the input
-    right = targ[:,None]
-    # $z_j$ for $j\ne k$, and $m=\max_{j\ne k} z_j$, a constant: its gradients would cancel
-    wrong = logits.scatter(1, right, -torch.inf)
-    m = wrong.detach().amax(1, keepdim=True)
-    # $\log\sum_{j\ne k} e^{z_j-m} + (m-z_k)$
-    return (wrong-m).exp().sum(1).log() + (m-logits.gather(1, right))[:,0]
+    # $z_k$, and $\log\sum_{j\ne k} e^{z_j}$
+    right, wrong = split_logits(logits, targ)
+    return wrong-right
 
 crl_hypers = dict(
     alpha=Number(0, search=(1., 3.)),

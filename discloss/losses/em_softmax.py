@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
     full_precision, reduce_losses)
-from ..heads import by_hand, differentiable_grads
+from ..heads import by_hand, cross_entropy_of, differentiable_grads, split_logits
 
 # %% ../../nbs/losses/71_em_softmax.ipynb #5d87469f
 em_softmax_hypers = dict(margin=Number(0, search=(0.05, 3.), log=True),
@@ -35,32 +35,9 @@ def soft_margin_loss(
     return reduce_losses(_soft_margin(logits, targ.long(), margin), reduction)
 
 def _soft_margin(logits, targ, margin):
-    if by_hand(): return _SoftMargin.apply(logits, targ, margin)
-    return F.cross_entropy(_lowered(logits, targ, margin), targ, reduction='none')
-
-def _lowered(logits, targ, margin):
-    # $z_y - m$
-    minus = logits.new_full((len(targ), 1), -margin)
-    return logits.scatter_add(1, targ[:,None], minus)
-
-class _SoftMargin(torch.autograd.Function):
-    "The same with its gradient by hand, in fewer passes than autograd's"
-    @staticmethod
-    def forward(ctx, logits, targ, margin):
-        log_p = _lowered(logits, targ, margin).log_softmax(1)
-        ctx.margin = margin
-        ctx.save_for_backward(logits, targ, log_p)
-        return -log_p.gather(1, targ[:,None])[:,0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, targ, log_p = ctx.saved_tensors
-        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            losses = F.cross_entropy(_lowered(logits, targ, ctx.margin), targ, reduction='none')
-            return *differentiable_grads(losses, (logits,), grad), None, None
-        # $\tilde p-e_y$
-        grad = grad[:,None]
-        return log_p.exp().mul_(grad).scatter_add_(1, targ[:,None], -grad), None, None
+    own, others = split_logits(logits, targ)
+    # $z_y - m$ beside the others
+    return cross_entropy_of(own-margin, others)
 
 # %% ../../nbs/losses/71_em_softmax.ipynb #d4e8232e
 def _few_features(A):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import DiscLoss, Number, check_inputs, full_precision, reduce_losses
 from ..heads import CosineHead, by_hand, cosine, cross_entropy_of
-from ..heads import differentiable_grads, own_and_others
+from ..heads import own_and_others, split_logits
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #a994b8fa
 scale_range = Number(0, above=True, search=(5., 64.), log=True)
@@ -62,40 +62,6 @@ def _check_scale(scale, cosine):
     if scale.device.type != 'cpu' or not by_hand(): return
     least = scale.detach().min()
     if not least > 0: raise ValueError(f"scale must be positive, got {least:.3g}")
-
-# %% ../../nbs/losses/50_gsoftmax.ipynb #e86ed6bd
-class _MarginCrossEntropy(torch.autograd.Function):
-    "Cross-entropy of transformed logits, with its gradient by hand, which takes fewer passes"
-    @staticmethod
-    def forward(ctx, logits, scale, targ, own, loss):
-        index = targ[:,None]
-        with torch.enable_grad():
-            u = (logits.detach().gather(1, index)/scale).requires_grad_()
-            target = own(u)
-            own_slope, = torch.autograd.grad(target.sum(), u)
-        target = scale*target.detach()
-        if loss.curved: z, slope = loss.scaled_others(logits, scale)
-        else: z, slope = logits.clone(), None
-        # $e^{z_{ij}-\max}$ and its sum
-        top = z.scatter_(1, index, target).amax(1, keepdim=True)
-        total = z.sub_(top).exp_().sum(1, keepdim=True)
-        ctx.own,ctx.others = own,loss.others
-        ctx.save_for_backward(logits, scale, targ, z, total, slope, own_slope)
-        return (total.log() + top - target)[:,0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, scale, targ, z, total, slope, own_slope = ctx.saved_tensors
-        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            transform = lambda pos, neg: (ctx.own(pos), ctx.others(neg))
-            losses = _losses(logits/scale, targ, transform, scale)
-            return *differentiable_grads(losses, (logits,), grad), None, None, None, None
-        index, grad = targ[:,None], grad[:,None]
-        # $T_p'(u_y)(q_y-1)$ and $T_n'(u_j)\,q_j$
-        g = z*(grad/total)
-        own = (g.gather(1, index)-grad)*own_slope
-        if slope is not None: g.mul_(slope)
-        return g.scatter_(1, index, own), None, None, None, None
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #6565f604
 class GSoftmaxLoss(DiscLoss, ABC):
@@ -147,11 +113,16 @@ class GSoftmaxLoss(DiscLoss, ABC):
     def loss(self, scale, targ, logits=None, feats=None, weight=None, lots=None, margin=None):
         self._check_head_scale(scale)
         own = self.own if margin is None else partial(self.own, margin=margin)
-        if logits is None: return self._in_chunks(own, scale, targ, feats, weight, lots)
-        fast = by_hand() and not scale.requires_grad
-        if fast: return _MarginCrossEntropy.apply(logits, scale, targ, own, self)
-        transform = lambda pos, neg: (own(pos), self.others(neg))
-        return _losses(logits/scale, targ, transform, scale)
+        if logits is None: label, rest = self._in_chunks(scale, targ, feats, weight, lots)
+        else: label, rest = self._split(logits, targ, scale)
+        # $s\,T_p(u_y)$ beside $\log\sum_{j\ne y}e^{s\,T_n(u_j)}$
+        return cross_entropy_of(scale*own(label[:,None]/scale).squeeze(1), rest)
+
+    def _split(self, logits, targ, scale):
+        if not self.curved: return split_logits(logits, targ)
+        def others(z): return scale*self.others(z/scale)
+        def with_slope(z): return self.scaled_others(z, scale)
+        return split_logits(logits, targ, others, None if scale.requires_grad else with_slope)
 
     def _check_head_scale(self, scale):
         free = self.scale == 'auto' or getattr(self, 'learn_scale', False)
@@ -163,14 +134,13 @@ class GSoftmaxLoss(DiscLoss, ABC):
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #2d889c88
 @patch
-def _in_chunks(self:GSoftmaxLoss, own, scale, targ, feats, weight, lots):
+def _in_chunks(self:GSoftmaxLoss, scale, targ, feats, weight, lots):
     "The same from features and class weights, in chunks of classes; of a sample if there are lots"
     if lots is not None: weight, targ = _sampled(weight, targ, lots, self.sample)
     def score(feats, scale, weight): return scale*cosine(feats, weight)
     def others(z, feats, scale): return scale*self.others(z/scale)
     transform = others if self.curved else None
-    label, rest = own_and_others(score, targ, (feats, scale), (weight,), transform)
-    return cross_entropy_of(scale*own(label[:,None]/scale)[:,0], rest)
+    return own_and_others(score, targ, (feats, scale), (weight,), transform)
 
 def _sampled(weight, targ, lots, sample):
     "Weights of the batch's classes and of a random share of the others, and the labels among them"

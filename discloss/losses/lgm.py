@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..core import Choice, DiscLoss, Head, Number, Other, check_hparams
 from ..core import check_inputs, full_precision, many_classes, reduce_losses
-from ..heads import by_hand, cross_entropy_of, differentiable_grads
-from ..heads import own_and_others, square_norm
+from ..heads import by_hand, cross_entropy_of, differentiable_grads, mean_row
+from ..heads import own_and_others, own_distances, split_logits, square_norm
 
 # %% ../../nbs/losses/42_lgm.ipynb #75832861
 def _check_shapes(feats, means, log_var):
@@ -58,7 +58,7 @@ def gaussian_logits(
 ) -> Tensor: # Shape (batch, classes)
     "Log of prior times density, up to a constant; its softmax is the posterior"
     _check_shapes(feats, means, log_var)
-    return _score(feats, means.detach().mean(0), *_tables(means, log_var, log_prior))
+    return _score(feats, mean_row(means), *_tables(means, log_var, log_prior))
 
 def _tables(means, log_var, log_prior):
     "What has a row for each class"
@@ -119,29 +119,25 @@ def lgm_loss(
     targ = targ.long()
     # $z_{iy_i}$
     if logits is None:
-        own, others = own_and_others(_score, targ, (feats, means.detach().mean(0)),
+        own, others = own_and_others(_score, targ, (feats, mean_row(means)),
                                      _tables(means, log_var, log_prior))
-    else: own = logits.gather(1, targ[:,None])[:,0]
+    else: own, others = split_logits(logits, targ)
     # $r_{y_i}$, exact as a value; its derivatives are those of
     # $-z_{iy_i}-\frac12\log|\Lambda_{y_i}|$
     r, volume = _own_distance(feats.detach(), targ, means.detach(), log_var)
     rounded = -own - volume
     r = r + (rounded - rounded.detach())
-    # $z_{iy_i}-\alpha r_{y_i}$
-    less = (-alpha*r).to(own.dtype)
-    if logits is None: posterior = cross_entropy_of(own+less, others)
-    else:
-        with_margin = logits.scatter_add(1, targ[:,None], less[:,None])
-        posterior = F.cross_entropy(with_margin, targ, reduction='none')
+    # $z_{iy_i}-\alpha r_{y_i}$ beside the others
+    posterior = cross_entropy_of(own - (alpha*r).to(own.dtype), others)
     # $\mathcal L_{cls}+\lambda\,(r_{y_i}+\frac12\log|\Lambda_{y_i}|)$
     return reduce_losses(posterior + lam*(r+volume), reduction)
 
 def _own_distance(feats, targ, means, log_var):
     "Half the squared distance to the own mean, exactly, and half the log determinant"
+    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2$
+    if log_var is None: return own_distances(feats, means, targ)/2, 0.
     own = means.index_select(0, targ).to(feats.dtype)
     square = F.mse_loss(feats, own, reduction='none')
-    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2$
-    if log_var is None: return square.sum(1)/2, feats.new_zeros(len(feats))
     v = log_var.index_select(0, targ).to(feats.dtype)
     # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2/v_{y_ik}$, and $\frac12\log|\Lambda_{y_i}|$
     return (square*torch.exp(-v.detach())).sum(1)/2, v.mean(1)*feats.shape[1]/2

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
 from ..core import full_precision, gather_samples, reduce_losses
-from ..heads import cosine, unit
+from ..heads import cosine, cross_entropy_of, own_distances, scaled_cosine, split_logits
+from ..heads import unit
 
 # %% ../../nbs/losses/40_pedcc.ipynb #d5ea8cf7
 def simplex(
@@ -106,17 +107,17 @@ def pedcc_loss(
 ) -> Tensor: # A scalar, or shape (batch,)
     "AM-softmax on fixed centroids, plus the squared distance of each direction to its centroid"
     check_hparams(pedcc_hypers, scale=scale, margin=margin, lam=lam, root=root)
+    check_centroids(feats, targ, centroids)
+    targ = targ.long()
     # $\lVert\hat x_i-a_{y_i}\rVert^2$, as exact differences
-    mse = from_centroid(feats, targ, centroids).square().sum(1)
+    mse = own_distances(unit(feats), centroids, targ)
     # $\sqrt[n]{L_{MSE}}$ of the batch, in all processes; the tiny number keeps the gradient finite
     # at zero
     if root != 1: mse = (gather_samples(mse)[0].mean() + 1e-12)**(1/root)
     if logits is None: logits = scale*cosine(feats, centroids.to(feats.dtype))
-    # $s(\cos\theta_{ik}-m[k=y_i])$
-    own = targ.long()[:,None]
-    with_margin = logits.scatter_add(1, own, logits.new_full(own.shape, -scale*margin))
-    return reduce_losses(F.cross_entropy(with_margin, own[:,0], reduction='none') + lam*mse,
-                         reduction)
+    # $s(\cos\theta_{iy_i}-m)$ beside the others
+    own, others = split_logits(logits, targ)
+    return reduce_losses(cross_entropy_of(own-scale*margin, others) + lam*mse, reduction)
 
 # %% ../../nbs/losses/40_pedcc.ipynb #c87902c5
 class PEDCCHead(Head):
@@ -140,7 +141,9 @@ class PEDCCHead(Head):
     ) -> Tensor|dict: # Logits (batch, n_out); in training logits, feats and centroids
         "Scaled cosines, and in training what the loss needs"
         feats = self.embed(feats)
-        logits = self.scale*cosine(feats, self.centroids)
+        dtype = torch.promote_types(feats.dtype, torch.float32)
+        scale = feats.new_full((), self.scale, dtype=dtype)
+        logits = scaled_cosine(feats, self.centroids, scale)
         return dict(logits=logits, feats=feats,
                     centroids=self.centroids.detach()) if self.training else logits
 

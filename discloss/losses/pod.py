@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import Choice, DiscLoss, Number, all_sum, check_hparams
 from ..core import full_precision, gather_samples, reduce_losses
+from ..heads import by_hand, differentiable_grads, own_distances
 from .pedcc import PEDCCHead, check_centroids, from_centroid
 from .pedcc import pedcc_hypers
 
@@ -43,12 +44,36 @@ def norm_adaptive_cosine_loss(
     square = torch.linalg.vecdot(feats, feats)[:,None] + delta**2
     inv = torch.where(square > 0, square, 1).rsqrt()
     # $1-u_i=\frac12\big(\lVert x_i/R_i-a_{y_i}\rVert^2+\delta^2/R_i^2\big)$
-    own = centroids.index_select(0, targ.long()).to(feats.dtype)
-    away = F.mse_loss(feats*inv, own, reduction='none').sum(1)
+    away = own_distances(feats*inv, centroids, targ.long())
     away = away + (delta*inv[:,0]).square()
     return (away/2).square()
 
 # %% ../../nbs/losses/41_pod.ipynb #c889a6a4
+def _off_diagonal(v):
+    # $V^\top V$ or $VV^\top$, the smaller: the sum of squares is the same
+    gram = v@v.T if len(v) < v.shape[1] else v.T@v
+    # $\sum_{p\ne q}$: all less the diagonal
+    return gram.square().sum() - v.square().sum(0).square().sum()
+
+class _OffDiagonal(torch.autograd.Function):
+    "The same with its gradient by hand: one product instead of two"
+    @staticmethod
+    def forward(ctx, v):
+        ctx.few = len(v) < v.shape[1]
+        gram = v@v.T if ctx.few else v.T@v
+        diagonal = v.square().sum(0)
+        ctx.save_for_backward(v, gram, diagonal)
+        return gram.square().sum() - diagonal.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, gram, diagonal = ctx.saved_tensors
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            return differentiable_grads(_off_diagonal(v), (v,), grad)[0]
+        # $4\,VV^\top V$ less $4v_{ip}\sum_jv_{jp}^2$
+        dv = gram@v if ctx.few else v@gram
+        return dv.addcmul_(v, diagonal, value=-1).mul_(4*grad)
+
 @full_precision
 def correlation_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -61,10 +86,7 @@ def correlation_loss(
     # $v_i=\hat x_i-a_{y_i}$
     v, = gather_samples(from_centroid(feats, targ, centroids))
     n, d = v.shape
-    # $V^\top V$ or $VV^\top$, the smaller
-    gram = v@v.T if n < d else v.T@v
-    # $\sum_{p\ne q}$: all less the diagonal
-    off = (gram.square().sum() - v.square().sum(0).square().sum()).relu()
+    off = (_OffDiagonal.apply if by_hand() else _off_diagonal)(v).relu()
     # A single sample has no covariance
     return (n > 1)*off / max(n-1, 1)**2 / max(corr_reductions[corr_reduction](d), 1)
 

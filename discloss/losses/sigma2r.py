@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import Choice, Number, all_sum, check_hparams, full_precision, reduce_losses
+from ..heads import own_distances
 from .center import CenterLoss, squared_center_distance
 
 # %% ../../nbs/losses/20_sigma2r.ipynb #f7acd2ff
@@ -33,9 +34,13 @@ def sigma2r_loss(
 ) -> Tensor: # A scalar, or shape (batch,)
     "Squared distance to the class center, times a sigmoid of itself"
     check_hparams(sigma2r_hypers, slope=slope, shift=shift, tau=tau, detach_weight=detach_weight)
-    if tau is None: tau = shifts[shift]
     # $d_i = \lVert x_i-c_{y_i}\rVert^2$
     d = squared_center_distance(feats, targ, centers)
+    return reduce_losses(_weighted(d, slope, shift, tau, detach_weight), reduction)
+
+def _weighted(d, slope, shift, tau, detach_weight):
+    "Squared distances, times a sigmoid of themselves"
+    if tau is None: tau = shifts[shift]
     # $\nu$, constant: the mean of $d$ over the batch, in all processes
     unit = 1.
     if shift == 'relative':
@@ -44,7 +49,7 @@ def sigma2r_loss(
     # $\operatorname{sig}(s\,(d_i/\nu-\tau))$
     factor = torch.sigmoid(slope*(d/unit - tau))
     if detach_weight: factor = factor.detach()
-    return reduce_losses(factor*d, reduction)
+    return factor*d
 
 # %% ../../nbs/losses/20_sigma2r.ipynb #435080a8
 class Sigma2RLoss(CenterLoss):
@@ -67,5 +72,5 @@ class Sigma2RLoss(CenterLoss):
     @property
     def separable(self): return self.shift == 'absolute' or self.slope == 0
     def center_term(self, feats, targ, centers):
-        settings = self.slope, self.shift, self.tau, self.detach_weight
-        return sigma2r_loss(feats, targ, centers, *settings, reduction='none')
+        d = own_distances(feats, centers, targ)
+        return _weighted(d, self.slope, self.shift, self.tau, self.detach_weight)

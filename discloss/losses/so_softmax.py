@@ -89,6 +89,6 @@ class SOSoftmaxLoss(GSoftmaxLoss):
     def others(self, u): return self._transform(u)[1]
     def scaled_others(self, z, scale):
         # $s\,\lambda_n[u-O_n]_+^2$ and the slope $2\lambda_n[u-O_n]_+$
-        push = z-scale*self.goals[1] if self.goals[1] else z.clone()
-        if self.clamp: push.clamp_min_(0)
+        push = z-scale*self.goals[1] if self.goals[1] else z
+        push = push.clamp_min(0) if self.clamp else push.clone()
         return (push*push).mul_(self.lambda_n/scale), push.mul_(2*self.lambda_n/scale)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core import (Choice, DiscLoss, Number, check_hparams, check_inputs,
     full_precision, gather_samples, reduce_losses)
-from ..heads import LinearHead, squared_distances, unit
+from ..heads import LinearHead, by_hand, differentiable_grads
+from ..heads import squared_distances, unit
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #44bd4aa1
 distance_metrics = 'euclidean', 'cosine'
@@ -23,19 +24,18 @@ soft_nn_hypers = dict(
     relative=Choice((False, True)),
 )
 
-def _distances(feats, metric, relative):
+def _distances(feats, metric):
     # $d_{ij}=\lVert x_i-x_j\rVert^2$, or $1-\cos = \frac12\lVert\hat x_i-\hat x_j\rVert^2$
-    x = unit(feats) if metric == 'cosine' else feats
-    d = squared_distances(x, x)/(2 if metric == 'cosine' else 1)
-    if not relative: return d
+    if metric == 'euclidean': return squared_distances(feats, feats)
+    x = unit(feats)
+    return squared_distances(x, x)/2
+
+def _in_units(temperature, d, relative):
+    "The temperature, times the mean distance over pairs if relative"
+    if not relative: return temperature
     # $u=\frac1{b(b-1)}\sum_{i\ne j}d_{ij}$; any unit will do when all are equal
     u = d.sum()/max(len(d)*(len(d)-1), 1)
-    return d/torch.where(u > torch.finfo(d.dtype).tiny, u, 1)
-
-def _own_rows(feats, targ, metric, relative):
-    "Distances of this process's samples to those of all, and all labels; own samples first"
-    x, y = gather_samples(feats, targ)
-    return _distances(x, metric, relative)[:len(feats)], y
+    return temperature*torch.where(u > torch.finfo(d.dtype).tiny, u, 1)
 
 def _losses(d, targ, temperature):
     "One loss per row, from the distances of samples to all; row i belongs to sample i"
@@ -55,6 +55,45 @@ def _losses(d, targ, temperature):
     def log_sum(keep): return s.masked_fill(~(keep | alone), -torch.inf).logsumexp(1)
     return torch.where(alone[:,0], 0, log_sum(~me) - log_sum(same))
 
+class _SoftNN(torch.autograd.Function):
+    "The same with its gradient by hand, in fewer passes than autograd's"
+    @staticmethod
+    def forward(ctx, d, targ, temperature):
+        info = torch.finfo(d.dtype)
+        # What does not count: the sample itself, and others in the sum over its class
+        none = info.min/2
+        s = d.clone().fill_diagonal_(info.max)
+        s = s.amin(1, keepdim=True) - s
+        s = s.clamp_min_(-info.max**.25*temperature).div_(temperature).fill_diagonal_(none)
+        same = s.masked_fill(targ[:len(d),None] != targ, none)
+        top = same.amax(1, keepdim=True)
+        alone = top[:,0] == none
+        # $p_{ij}=e^{s_{ij}}/\sum_ke^{s_{ik}}$, and $q$ the same within the class
+        p, q = s.softmax(1), same.softmax(1)
+        losses = q.amax(1).log() - p.amax(1).log() - top[:,0]
+        # $\partial\ell/\partial s_{ij}=p_{ij}-q_{ij}$
+        slope = p.sub_(q).masked_fill_(alone[:,None], 0)
+        by_temperature = torch.linalg.vecdot(slope, s) if ctx.needs_input_grad[2] else None
+        is_tensor = isinstance(temperature, Tensor)
+        ctx.number = None if is_tensor else temperature
+        ctx.save_for_backward(d, targ, temperature if is_tensor else None, slope, by_temperature)
+        return losses.masked_fill_(alone, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        d, targ, temperature, slope, by_temperature = ctx.saved_tensors
+        t = ctx.number if temperature is None else temperature
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            inputs = (d,) if temperature is None else (d, temperature)
+            found = differentiable_grads(_losses(d, targ, t), inputs, grad)
+            return found[0], None, *(found[1:] or (None,))
+        by_d = slope*(grad/-t)[:,None] if ctx.needs_input_grad[0] else None
+        if by_temperature is None: return by_d, None, None
+        return by_d, None, torch.dot(by_temperature, grad)/-t
+
+def _row_losses(d, targ, temperature):
+    return (_SoftNN.apply if by_hand() else _losses)(d, targ, temperature)
+
 @full_precision
 def soft_nn_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -71,7 +110,9 @@ def soft_nn_loss(
     check_hparams(soft_nn_hypers, temperature=temperature, metric=metric, relative=relative)
     if isinstance(temperature, Tensor) and not (temperature > 0).all():
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return reduce_losses(_losses(_distances(feats, metric, relative), targ, temperature), reduction)
+    d = _distances(feats, metric)
+    losses = _row_losses(d, targ, _in_units(temperature, d, relative))
+    return reduce_losses(losses, reduction)
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #b0521db8
 @torch.no_grad()
@@ -84,10 +125,11 @@ def entanglement(
     "Soft nearest neighbour loss at the best of 26 temperatures: how much classes are mixed"
     check_inputs(targ, feats=feats)
     check_hparams(soft_nn_hypers, metric=metric)
-    d = _distances(feats, metric, relative=True)
+    d = _distances(feats, metric)
     ts = torch.logspace(-3, 2, 26, dtype=d.dtype, device=d.device)
     # $\ell'=\min_T\ell$
-    best, i = torch.stack([_losses(d, targ, t).mean() for t in ts]).min(0)
+    means = [_row_losses(d, targ, t).mean() for t in _in_units(ts, d, relative=True)]
+    best, i = torch.stack(means).min(0)
     return best, ts[i]
 
 # %% ../../nbs/losses/61_soft_nn.ipynb #92035a5d
@@ -157,5 +199,9 @@ class SoftNNLoss(DiscLoss):
     def loss(self, logits, feats, temperature, targ):
         # The temperature minimises $\ell$ in both uses: when features climb, its gradient is turned
         if self.lam < 0: temperature = 2*temperature.detach() - temperature
-        pairs = _losses(*_own_rows(feats, targ, self.metric, self.relative), temperature)
+        # The samples of all processes, these first
+        x, y = gather_samples(feats, targ)
+        d = _distances(x, self.metric)
+        temperature = _in_units(temperature, d, self.relative)
+        pairs = _row_losses(d if x is feats else d[:len(feats)], y, temperature)
         return F.cross_entropy(logits, targ, reduction='none') + self.lam*pairs
