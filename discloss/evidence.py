@@ -132,7 +132,7 @@ def _values(runs, part, name):
     found = {k: (r.get(part) or {}).get(name) for k,r in runs.items()}
     return {k: v for k,v in found.items() if v is not None}
 
-# %% ../nbs/27_evidence.ipynb #bc99af7d
+# %% ../nbs/27_evidence.ipynb #dc53ba58
 def signed(
     x:float, # A difference
     low:float=math.nan, # Lower end of its interval; NaN: none
@@ -170,7 +170,8 @@ def as_markdown(
     unseen = bool(table.unseen.notna().any())
     head = ['loss', 'accuracy', 'difference', 'verdict', 'compact', 'cost', 'runs']
     if unseen: head.insert(5, 'unseen')
-    rows = table.assign(top=table.status == 'reference').sort_values(['top', order], ascending=False)
+    rows = table.assign(top=table.status == 'reference')
+    rows = rows.sort_values(['top', order], ascending=False)
     lines = [head, ['---']*len(head), *(_line(k, r, wins, unseen) for k,r in rows.iterrows())]
     return '\n'.join('| ' + ' | '.join(o) + ' |' for o in lines)
 
