@@ -84,7 +84,8 @@ def _squared_distances(x, z, exact):
     square = _expanded(*_centred(x, z, center))
     if not exact: return square.relu_()
     detached = x.detach()
-    value = _expanded(*_centred(detached, detached if z is x else z.detach(), center, wide=True))
+    other = detached if z is x else z.detach()
+    value = _expanded(*_centred(detached, other, center, wide=True))
     # The value of float64 with the derivatives of float32
     return value.relu_().to(x.dtype) + (square - square.detach())
 
@@ -175,14 +176,17 @@ class _OwnDistances(torch.autograd.Function):
         x, table, targ, away = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
             away = away - (x-x.detach())
-            if table is None: return *differentiable_grads(away.square().sum(1), (x,), grad), None, None
-            own = table.index_select(0, targ).to(x.dtype)
-            square = (away + (own-own.detach())).square().sum(1)
-            return *differentiable_grads(square, (x, table), grad), None
+            inputs = (x,)
+            if table is not None:
+                inputs, own = (x, table), table.index_select(0, targ).to(x.dtype)
+                away = away + (own-own.detach())
+            found = differentiable_grads(away.square().sum(1), inputs, grad)
+            return found[0], *(found[1:] or (None,)), None
         # $-2g_i(c_{y_i}-x_i)$, and the opposite for the rows
         dx = away*(-2*grad)[:,None]
         if table is None: return dx, None, None
-        return dx, torch.zeros_like(table).index_add_(0, targ, dx.to(table.dtype), alpha=-1), None
+        to_rows = torch.zeros_like(table).index_add_(0, targ, dx.to(table.dtype), alpha=-1)
+        return dx, to_rows, None
 
 def _own_distances(x, table, targ):
     own = table.index_select(0, targ).to(x.dtype)
@@ -334,7 +338,8 @@ class _SplitLogits(torch.autograd.Function):
         logits, targ, z, total, slope = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
             outs = _split_logits(logits, targ, ctx.others)
-            return *differentiable_grads(outs, (logits,), (grad_own, grad_others)), None, None, None
+            grads = grad_own, grad_others
+            return *differentiable_grads(outs, (logits,), grads), None, None, None
         g = z*(grad_others[:,None]/total)
         if slope is not None: g.mul_(slope)
         return g.scatter_(1, targ[:,None], grad_own[:,None]), None, None, None

@@ -81,6 +81,12 @@ class GSoftmaxLoss(DiscLoss, ABC):
     def own(self, u): return u # What becomes of the cosine to the own class, (batch, 1)
     def others(self, u): return u # And of the cosines to other classes, (batch, classes)
 
+    def __init_subclass__(cls, **kwargs):
+        "What a parent gives by hand does not fit a subclass with another curve"
+        super().__init_subclass__(**kwargs)
+        new_curve = 'others' in vars(cls) and 'scaled_others' not in vars(cls)
+        if new_curve: cls.scaled_others = GSoftmaxLoss.scaled_others
+
     @property
     def curved(self): return type(self).others is not GSoftmaxLoss.others
     def scaled_others(self, z, scale):
