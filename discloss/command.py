@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fastcore.script import anno_parser
 
-from .specs import check_arch, check_budget, did_you_mean, names_in, read_rates, read_seeds, read_specs
+from .specs import (check_arch, check_budget, did_you_mean, names_in, read_rates,
+                            read_seeds, read_specs)
 
 # %% ../nbs/15_command.ipynb #8bc40afb
 def discloss_compare(
@@ -54,35 +55,39 @@ def discloss_compare(
     "Train several losses under the same conditions: a table, a picture and a report"
     asked = dict(locals())
     if report is not None: return _report(Path(report))
-    _check(losses, data, root, arch, seeds, lr, epochs, bs, wd, n_feats)
+    _check(losses, data, root, arch, seeds, lr, pretrained)
+    check_budget(epochs=epochs, bs=bs, wd=wd, n_feats=n_feats, threads=threads)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # Of other packages
+        warnings.showwarning = _note
         from discloss.compare import compare, place
         more = {k: asked[k] for k in ('valid_pct','n_train','n_eval','size')
                 if asked[k] is not None}
         cmp = compare(losses, data, arch, n_feats, epochs, seeds, bs, lr, wd, out, device,
-                      pretrained=pretrained or None,
-                      weights=weights, n_threads=threads, command=command_line(asked), root=root, **more)
+                      pretrained=pretrained or None, weights=weights, n_threads=threads,
+                      command=command_line(asked), root=root, **more)
         folder = place(cmp, out)
         print('\n'.join(['', cmp.table().to_string(), '', cmp.summary()]))
         files = write_files(cmp, folder)
     print(f"\nwritten: {', '.join(map(str, files))}")
 
 # %% ../nbs/15_command.ipynb #f0dabecc
-def _check(losses, data, root, arch, seeds, lr, epochs, bs, wd, n_feats):
+def _note(message, *args, **kwargs): print(f'note: {message}', file=sys.stderr, flush=True)
+
+def _check(losses, data, root, arch, seeds, lr, pretrained):
     "Find a typo at once"
     read_specs(losses)
-    if arch is not None: check_arch(arch)
+    if arch is not None: check_arch(arch, pretrained)
     read_seeds(seeds)
     read_rates(lr)
-    check_budget(epochs=epochs, bs=bs, wd=wd, n_feats=n_feats)
     sets = names_in('discloss.data', 'image_sets')
     if data in sets or Path(data).exists(): return
     where = Path(root or os.environ.get('DISCLOSS_DATA') or Path.home()/'.fastai'/'data')
     guess = did_you_mean(data, sets)
     if guess and not (where/f'{data}.npz').exists():
         raise ValueError(f"unknown image set {data!r}, {guess.strip()} Known are "
-                         f"{', '.join(sets)}, a folder of images, and any file <name>.npz in {where}")
+                         f"{', '.join(sets)}, a folder of images, and any file <name>.npz in "
+                         f"{where}")
 
 def command_line(
     asked:dict, # Arguments of discloss_compare by name
@@ -121,6 +126,10 @@ def _report(folder):
 # %% ../nbs/15_command.ipynb #c1aeacdc
 def _underscores(arg): return re.sub(r'^--[\w-]+', lambda m: '--'+m[0][2:].replace('-', '_'), arg)
 
+def _told(e):
+    "An OSError without its number"
+    return f'{e.filename}: {e.strerror}' if e.filename and e.strerror else str(e)
+
 def main(
     args:list|None=None, # None: those of the command line
 ):
@@ -136,7 +145,8 @@ def main(
     asked = vars(parser.parse_args([_underscores(a) for a in args]))
     asked = {k: v for k,v in asked.items() if k not in ('pdb','xtra')}
     try: discloss_compare(**asked)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'discloss_compare: {e}')
+    except OSError as e: sys.exit(f'discloss_compare: {_told(e)}')
+    except (ValueError, ImportError) as e: sys.exit(f'discloss_compare: {e}')
     except KeyboardInterrupt:
         sys.exit(f"\ndiscloss_compare: stopped; finished runs are kept in {asked['out']}, the "
                  f"same command goes on from there")

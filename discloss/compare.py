@@ -24,7 +24,7 @@ from .data import fingerprint, image_dls
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
                            device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,
                            normalize_for, run_loss, test_loader, threads, versions)
-from .specs import check_budget, parse_losses, read_rates, read_seeds
+from .specs import check_arch, check_budget, parse_losses, read_rates, read_seeds
 from .store import append_result, claim, describe, plain, read_results, run_key
 
 # %% ../nbs/07_compare.ipynb #110fe7e7
@@ -47,6 +47,7 @@ def choose_arch(
         arch = 'resnet18'
         if pretrained is None: pretrained = weights is None
     if arch is None: arch = default_arch.get(_data_name(data), 'small_body')
+    if isinstance(arch, str): check_arch(arch, bool(pretrained))
     return arch, bool(pretrained)
 
 def _load(data, arch, tuned, bs, device, data_kwargs):
@@ -160,12 +161,13 @@ def estimate(
     dls, # fastai DataLoaders
     epochs:int, # For each run
     seconds:tuple, # From batch_seconds
+    search:int=0, # Training batches of a search for the learning rate
 # Seconds of one run: training, validation, and the test with its look at the training images
 ) -> float:
     "What one run costs"
     train, look = seconds
     test = len(test_loader(dls)[0]) + len(dls.train)
-    return epochs*(len(dls.train)*train + len(dls.valid)*look) + test*look
+    return epochs*(len(dls.train)*train + len(dls.valid)*look) + test*look + search*train
 
 def duration(
     seconds:float, # At least 0
@@ -175,17 +177,27 @@ def duration(
     return f'{seconds/60:.0f} min' if seconds < 90*60 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/07_compare.ipynb #16abe9fd
-def _announce(dls, arch, epochs, n_runs, one):
+def _announce(dls, arch, epochs, n_runs, one, frozen):
     "Say what the comparison costs, and what would be shorter"
     where = device_name(_device(dls))
-    print(f"{n_runs} runs of {epochs} epochs on {len(dls.train.dataset):,} images with "
+    first = f' after {frozen} for the head alone' if frozen else ''
+    print(f"{n_runs} runs of {epochs} epochs{first} on {len(dls.train.dataset):,} images with "
           f"{arch_name(arch)}: "
           f"about {duration(n_runs*one)} on {where}, from the first batches", flush=True)
-    if n_runs*one > 600:
-        half = max(1, len(dls.train.dataset)//10)
-        print(f"shorter: n_train={half} (a tenth of the training images), n_eval=1000 (fewer "
-              f"validation and test images), "
-              "a smaller arch or size, fewer epochs or seeds", flush=True)
+    if n_runs*one > 600: print(f"shorter: {', '.join(_shorter(dls))}", flush=True)
+    steps = epochs*len(dls.train)
+    if steps < 50:
+        print(f"note: a run has only {steps} training steps, most networks need more: "
+              f"raise epochs or make bs smaller", flush=True)
+
+def _shorter(dls):
+    "What would make a comparison shorter"
+    n, looks = len(dls.train.dataset), (dls.valid, test_loader(dls)[0])
+    if n > 20*dls.c: yield f"n_train={max(n//10, 10*dls.c)} (fewer training images)"
+    if max(len(dl.dataset) for dl in looks) > 1000:
+        yield "n_eval=1000 (fewer validation and test images)"
+    yield "a smaller arch or size"
+    yield "fewer epochs or seeds"
 
 # %% ../nbs/07_compare.ipynb #406b3343
 class _Progress:
@@ -288,7 +300,7 @@ def _work(runs, store, do):
         store.read()
         todo = [r for r in todo if r.key not in store.rows]
         if todo and not waiting:
-            print(f'waiting for {len(todo)} runs of another process', flush=True)
+            print(f'another process does {len(todo)} of the runs: waiting for it', flush=True)
         waiting = True
         if todo: time.sleep(.5)
 
@@ -353,7 +365,7 @@ def compare(
 ) -> Comparison:
     "Train each loss with each seed under the same conditions; finished runs are not done again"
     losses, seeds, rates = parse_losses(losses), read_seeds(seeds), read_rates(lr)
-    check_budget(epochs=epochs, wd=wd, n_feats=n_feats, bs=bs)
+    check_budget(epochs=epochs, wd=wd, n_feats=n_feats, bs=bs, threads=n_threads)
     _check_kinds(data, cbs)
     arch, pretrained = choose_arch(data, arch, pretrained, weights)
     tuned = pretrained or weights is not None
@@ -402,8 +414,10 @@ def _run_all(runs, store, dls, how, epochs, wd, show):
     if not todo: return
     epochs_run = epochs + frozen_epochs(how['pretrained'] or how['weights'] is not None)
     if show:
-        one = estimate(dls, epochs_run, batch_seconds(loss_learner(todo[0].loss, dls, **how)))
-        _announce(dls, how['arch'], epochs, len(todo), one)
+        search = 100 if any(r.config['lr'] == 'find' for r in todo) else 0 # fastai's lr_find
+        seconds = batch_seconds(loss_learner(todo[0].loss, dls, **how))
+        one = estimate(dls, epochs_run, seconds, search)
+        _announce(dls, how['arch'], epochs, len(todo), one, epochs_run-epochs)
     progress = _Progress(len(todo), epochs_run*(len(dls.train)+len(dls.valid)), show)
     def do(run):
         progress.begin(run, epochs_run)

@@ -108,13 +108,14 @@ class Comparison:
     def starred(self,
         path:tuple=('test','accuracy'), # A key of measures
     ) -> list: # One label, or none
-        "The loss that beats every other one by more than the noise; all its runs learned"
+        "The loss that beats every other one that learned, by more than the noise"
         more = measures[path][2]
         if more is None or len(self.labels) < 2: return []
         scores = {k: self.values(k, *path) for k in self.labels}
-        def beats(a, b): return b in self.troubles or better(scores[a], scores[b], more)
-        able = [k for k in self.labels if k not in self.troubles and len(scores[k]) > 2]
-        return [k for k in able if all(beats(k, o) for o in self.labels if o != k)]
+        able = [k for k in self.labels if k not in self.troubles]
+        if len(able) < 2: return []
+        def beats(a, b): return a == b or better(scores[a], scores[b], more)
+        return [k for k in able if all(beats(k, o) for o in able)]
 
     @property
     def runs(self) -> pd.DataFrame: # A row for each run
@@ -167,7 +168,7 @@ def _versions_line(rows):
         for k,v in r['versions'].items(): found.setdefault(k, []).append(v)
     return _join(f"{k} {' and '.join(sorted(set(v)))}" for k,v in found.items())
 
-_legend = ("mean ± standard deviation over seeds; * better than every other loss in the column "
+_legend = ("mean ± standard deviation over seeds; * better than every other loss that learned "
            "by more than the noise (paired t-test over seeds, p < 0.05)")
 
 # %% ../nbs/13_comparison.ipynb #81713c71

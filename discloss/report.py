@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.xml import (A, Button, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2,
-                          Html, Img, Li, Main, Meta, Nav, Ol, P, Pre, Safe, Script, Section, Small,
-                          Span, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from fastcore.xml import (A, Br, Button, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1,
+                          H2, Html, Img, Li, Main, Meta, Nav, Ol, P, Pre, Safe, Script, Section,
+                          Small, Span, Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul,
+                          to_xml)
 from fastcore.xml import Body as HtmlBody, Head as HtmlHead
 from matplotlib.colors import to_hex
 from matplotlib.markers import MarkerStyle
@@ -52,8 +53,8 @@ def headline(
     elif others:
         said = {f"Equal to {ref} within {_points(margin)}": 'equal',
                 f"Behind {ref}": 'behind', "Not settled": 'open'}
-        said = {what: group[s] for what,s in said.items() if s in group}
-        more = [f"{what}: {_list(map(_spoken, names))}." for what,names in said.items()]
+        found = {what: group[s] for what,s in said.items() if s in group}
+        more = [f"{what}: {_list(map(_spoken, names))}." for what,names in found.items()]
     return [re.sub('^cross', 'Cross', first), *more]
 
 def _spoken(k): return 'cross-entropy' if k == 'crossentropy' else str(k)
@@ -100,7 +101,7 @@ class Findings:
         self.table = self._table()
 
     def _by_seed(self, label, found):
-        "What a loss answered for each test image, by seed; right where no run is missing"
+        "What a loss answered for each test image, by seed, where no run is missing"
         seeds = sorted(r['config']['seed'] for r in self.rows if r['label'] == label)
         return dict(zip(seeds, found))
 
@@ -136,8 +137,12 @@ def _failed(self:Findings):
         if not said and not bad: continue
         res[k] = 'did not learn'
         if len(a) > 1: res[k] += f' in {max(len(said), len(bad))} of {len(a)} runs'
-        if said: res[k] += f': {said[0]}'
+        if said: res[k] += f': {_reason(said[0], k)}'
     return res
+
+def _reason(sentence, label):
+    "What went wrong, without the name and what was said before"
+    return sentence.removeprefix(label).strip().removeprefix('did not learn, ')
 
 # %% ../nbs/14_report.ipynb #e510e56e
 @patch
@@ -168,7 +173,8 @@ def winners(self:Findings) -> dict: # Key of `measures` -> entry, or None
 @patch
 def confusion(self:Findings,
     label:str, # A loss
-) -> np.ndarray|None: # Rows are true classes, columns answers; None: nothing is stored
+# Shape (n_classes, n_classes), rows are the true classes; None: nothing is stored
+) -> np.ndarray|None:
     "How many test images of each class were taken for each class, summed over the runs"
     runs, n = list(self.outputs[label].values()), len(self.vocab)
     if not runs: return None
@@ -256,7 +262,8 @@ def _cell(text, value=None, **kw): return Td(text, data_v=_num(value), **kw)
 
 def _heads(*names):
     def one(n):
-        return Th(Button(n, type='button'), scope='col', cls='left' if n == 'verdict' else None)
+        side = 'left' if n == 'verdict' else None
+        return Th(Button(n, type='button'), scope='col', cls=side)
     return Thead(Tr(*map(one, names)))
 
 def _sortable(heads, rows, cls=''):
@@ -280,9 +287,12 @@ def _measure(f, label, path, wins):
 def _gap(row):
     "The difference to the reference with its interval, in points"
     if not math.isfinite(row.difference): return _cell('')
-    text = f'{100*row.difference:+.2f}'
-    if math.isfinite(row.low): text += f' ({100*row.low:+.2f} to {100*row.high:+.2f})'
-    return _cell(text.replace('-', '−'), row.difference)
+    text = _signed(row.difference)
+    if not math.isfinite(row.low): return _cell(text, row.difference)
+    ends = Small(f' {_signed(row.low)} to {_signed(row.high)}')
+    return _cell((text, Br(), ends), row.difference)
+
+def _signed(x): return f'{100*x:+.2f}'.replace('-', '−')
 
 def _median(values, fmt):
     v = _finite(values)
@@ -328,13 +338,18 @@ def _differences(f):
 def _curves(f):
     "Validation accuracy by epoch"
     def curve(r): return [_get(e, ['accuracy']) for e in r['epochs']]
-    runs = {k: [curve(r) for r in f.rows if r['label'] == k] for k in f.labels}
-    longest = max(len(e) for v in runs.values() for e in v)
+    fine = [k for k in f.labels if k not in f.failed]
+    runs = {k: [curve(r) for r in f.rows if r['label'] == k] for k in fine}
+    longest = max((len(e) for v in runs.values() for e in v), default=0)
+    if longest < 2: return None
     whole = {k: v for k,v in runs.items() if {len(e) for e in v} == {longest}}
     curves = {_wrap(k): np.array(v, float) for k,v in whole.items()}
-    if longest < 2: return None
     fig = plot_curves(curves, ylabel='validation accuracy', legend=False, size=(4.4,3))
-    return _chart(fig, 'Learning curves of each loss', 'Validation accuracy after each epoch.')
+    note = 'Validation accuracy after each epoch.' + _without(f)
+    return _chart(fig, 'Learning curves of each loss', note)
+
+def _without(f):
+    return f' Without {_list(f.failed, 20)}: did not learn.' if f.failed else ''
 
 def _scores(f, path, note):
     "A measure of each run"
@@ -342,15 +357,16 @@ def _scores(f, path, note):
     values = {_wrap(k): list(f.values(k, *path).values()) for k in f.labels if k not in f.failed}
     values = {k: v for k,v in values.items() if _finite(v)}
     if not values: return None
-    if f.failed: note += f' Without {_list(f.failed, 20)}: did not learn.'
+    note += _without(f)
     return _chart(plot_scores(values, xlabel=name, more=more, size=(4.4,None)), note, note)
 
 def _charts(f):
     "The figures that compare losses"
     compact = 'Variance ratio of the test features; smaller is more compact.'
-    found = [_differences(f), _curves(f),
-             _scores(f, ('test','accuracy'), 'Test accuracy of each run.'),
+    accuracy = 'Test accuracy of each run.'
+    found = [_differences(f), _curves(f), _scores(f, ('test','accuracy'), accuracy),
              _scores(f, ('test','variance_ratio'), compact)]
+    if all(o is None for o in found): return None
     legend = Ul(*(Li(_loss_mark(k), Span(k)) for k in f.labels), cls='legend')
     charts = Div(*(o for o in found if o is not None), cls='charts')
     return Section(H2('Losses compared'), legend, charts, id='charts')
@@ -365,15 +381,16 @@ def _features(f, most=12):
     panels = []
     for k in shown:
         x,t = (o[:max(300, 8000//len(shown))] for o in whole[k])
-        panel = {_wrap(k, 32): (x,t)}
-        fig = plot_features(panel, f.vocab, legend=False, size=3.2, max_points=len(t))
+        fig = plot_features({_wrap(k, 32): (x,t)}, f.vocab, legend=False, size=3.2,
+                            max_points=len(t))
         for c in fig.axes[0].collections: c.set_rasterized(False)
         svg = _svg(fig, f'Test features of {k}, coloured by class')
         panels.append(Figure(_tag(svg, np.unique(t))))
     left = [k for k in f.labels if k not in shown]
     note = P(f"Not shown: {_list(left, 20)}.", cls='note') if left else None
-    about = ('Each point is a test image of the first seed; the badge stands at the mean '
-             'of its class. Choose a class to see where it lies.')
+    about = ('Each point is a test image of the first seed; '
+             'the badge stands at the mean of its class. '
+             'Choose a class to see where it lies.')
     return Section(H2('Features of the test images'), P(about), _class_legend(f.vocab),
                    Div(*panels, cls='grid feats'), note, id='features')
 
@@ -392,15 +409,15 @@ def _class_legend(vocab):
     return legend if len(items) <= 40 else Details(Summary(f'{len(items)} classes'), legend)
 
 def _tag(svg, classes):
-    "Points, badges and their text get the number of their class; each comes in order of classes"
+    "Points, badges and the text on them, which come in the order of classes, get their number"
     n = svg.count('<g id="PathCollection_')
     if n in (len(classes), 2*len(classes)):
         tags = iter([*classes]*2)
         def tagged(m): return f'<g class="c c{next(tags)}" data-was="'
         svg = re.sub(r'<g id="PathCollection_', tagged, svg)
-        numbers = iter(classes)
-        def numbered(m): return f'<text class="c c{next(numbers, "")}" '
-        svg = re.sub(r'<text (?=style="[^"]*fill: (#ffffff|white))', numbered, svg)
+        tags = iter(classes)
+        white = r'<text (?=style="[^"]*fill: (#ffffff|white))'
+        svg = re.sub(white, lambda m: f'<text class="c c{next(tags, "")}" ', svg)
     return Safe(svg.replace('id="PathCollection_', 'data-was="'))
 
 # %% ../nbs/14_report.ipynb #6b588d95
@@ -409,9 +426,9 @@ def _confusions(f):
     found = {k: f.confusion(k) for k in f.table.index if f.outputs[k]}
     if not found: return None
     parts = [_one_confusion(f, k, m, open=i == 0) for i,(k,m) in enumerate(found.items())]
-    about = ('Rows are the true classes, columns the answers; blue is right, orange is '
-             'wrong, and a stronger colour is a larger share of the row. Numbers are '
-             'summed over the runs of a loss.')
+    about = ('Rows are the true classes, columns the answers; blue is right, orange is wrong, '
+             'and a stronger colour is a larger share of the row. '
+             'Numbers are summed over the runs of a loss.')
     return Section(H2('Who is taken for whom'), P(about), *parts, id='confusion')
 
 def _one_confusion(f, label, m, open):
@@ -453,8 +470,8 @@ def _per_class(f):
     def shade(v): return f'--a:{.75*min(1, (1-v)/(1-low)):.2f}'
     rows = []
     for i in order:
-        row = [v[i] for v in acc.values()]
-        cells = [_cell(f'{100*a:.1f}', a, cls='heat', style=shade(a)) for a in row]
+        def shaded(v): return _cell(f'{100*v:.1f}', v, cls='heat', style=shade(v))
+        cells = [shaded(v[i]) for v in acc.values()]
         name = Th(f.vocab[i], scope='row', data_v=f.vocab[i])
         rows.append(Tr(name, _cell(total[i], total[i]), *cells))
     none = [v for v,n in zip(f.vocab, total) if not n]
@@ -476,8 +493,8 @@ def _card(m):
     pic = None
     if m['image'] is not None:
         small = max(np.shape(m['image'])[:2]) < 48
-        alt = f"test image {m['id']}"
-        pic = Img(src=_png(m['image']), alt=alt, cls='pixels' if small else None)
+        look = 'pixels' if small else None
+        pic = Img(src=_png(m['image']), alt=f"test image {m['id']}", cls=look)
     taken = Span(f"taken for {m['taken']}", cls='taken')
     often = Small(f"wrong in {m['wrong']} of {m['runs']} runs")
     return Figure(pic, Figcaption(Span(m['true']), taken, often, Small(m['id'])))
@@ -517,7 +534,8 @@ def _hparams(f, label):
     return ', '.join(f'{k} = {v}' for k,v in h.items()) or 'none'
 
 def _time(s):
-    return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
+    if s < 120: return f'{s:.0f} s'
+    return f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
 # %% ../nbs/14_report.ipynb #9ea0a014
 def _method(f):
@@ -530,9 +548,9 @@ def _method(f):
             f'"Equal" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
             'Seeds that would settle a verdict are an estimate for a power of 80%. '
             'Choose their number before you run them.',
-            '± is the standard deviation over seeds. ★ is better than every other loss in '
-            'its column by more than the noise; a loss whose accuracy is far below wins '
-            'none.')
+            '± is the standard deviation over seeds. '
+            '★ is better than every other loss in its column by more than the noise; '
+            'a loss whose accuracy is far below wins none.')
     return Details(Summary('How to read this'), Ul(*map(Li, said)))
 
 # %% ../nbs/14_report.ipynb #0a4ac4cd
@@ -564,15 +582,16 @@ nav a { color: var(--accent); margin-right: 1em; display: inline-block; padding:
 .wide { overflow-x: auto; max-width: 100% }
 .tall { max-height: 70vh; overflow-y: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line);
+th, td { padding: .4rem .55rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap }
 th { background: var(--paper); position: sticky; white-space: normal; overflow-wrap: break-word }
-thead th { top: 0; z-index: 2; vertical-align: bottom; min-width: 5.5em; max-width: 13em }
-tbody th { left: 0; z-index: 1; font-weight: 500; min-width: 9em; max-width: 17em }
+thead th { top: 0; z-index: 2; vertical-align: bottom; min-width: 4.5em; max-width: 10em }
+tbody th { left: 0; z-index: 1; font-weight: 500; min-width: 8em; max-width: 17em }
 thead th:first-child { left: 0; z-index: 3 }
 th:first-child, th.left, td.verdict { text-align: left }
-td.verdict { white-space: normal; min-width: 14em }
+td.verdict { white-space: normal; min-width: 9em }
 .name { display: flex; align-items: center }
+.name span { max-width: 12em; overflow-wrap: break-word }
 th button, .legend button { all: unset; cursor: pointer }
 th button { font-weight: 600; color: var(--muted) }
 [aria-sort] button { color: var(--ink) }
@@ -615,8 +634,7 @@ summary { cursor: pointer; padding: .35rem 0; overflow-wrap: anywhere }
 summary .mark { margin-left: .3em; vertical-align: -1px }
 .conf { border-bottom: 1px solid var(--line) }
 .conf summary small { margin-left: .7em }
-.two { display: grid;
-  grid-template-columns: minmax(0, max-content) minmax(240px, 1fr);
+.two { display: grid; grid-template-columns: minmax(0, max-content) minmax(240px, 1fr);
   gap: 10px 40px; padding: .4rem 0 1.2rem }
 .two ol { padding-left: 1.4em; margin: .3rem 0 }
 .two li { overflow-wrap: anywhere; margin: .15rem 0 }
@@ -625,8 +643,7 @@ summary .mark { margin-left: .3em; vertical-align: -1px }
 .matrix image { image-rendering: pixelated }
 .read { min-height: 1.5em; font-size: .88rem; margin: .3rem 0;
   color: var(--muted); position: sticky; left: 0 }
-dl { display: grid;
-  grid-template-columns: minmax(7em, max-content) minmax(0, 1fr);
+dl { display: grid; grid-template-columns: minmax(7em, max-content) minmax(0, 1fr);
   gap: .25rem 1.2rem; font-size: .92rem }
 dt { color: var(--muted); overflow-wrap: anywhere; max-width: 18em }
 dd { margin: 0; overflow-wrap: anywhere }
@@ -638,8 +655,9 @@ pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px;
 @media (max-width: 600px) {
   main { padding: 16px 14px 40px }
   th, td { padding: .4rem .5rem }
-  tbody th { min-width: 7.5em; max-width: 10em }
-  td.verdict { min-width: 11em }
+  tbody th { min-width: 7em; max-width: 12em }
+  .name span { max-width: 8em }
+  th button { display: inline-block; max-width: 7em; overflow-wrap: break-word }
   dl { grid-template-columns: 1fr; gap: 0 }
   dd { margin-bottom: .5rem }
   .thumbs { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
@@ -735,6 +753,7 @@ def report_html(
     if not comparison.results:
         raise ValueError("expected a comparison with at least one finished run, got none")
     f = Findings(comparison, margin)
+    for k in f.labels: loss_style(k) # Colours go by the order of the losses
     if command is None: command = getattr(comparison, 'command', None)
     with warnings.catch_warnings():
         # the browser has the letters that matplotlib's font lacks
@@ -744,10 +763,10 @@ def report_html(
     sections = [o for o in sections if o is not None]
     data = _same(r['config'].get('data') for r in f.rows)
     title = f"{_count(len(f.labels), 'loss', 'losses')} on {data}"
-    head = HtmlHead(Meta(charset='utf-8'),
-                    Meta(http_equiv='Content-Security-Policy', content=_policy),
-                    Meta(name='viewport', content='width=device-width,initial-scale=1'),
-                    Title(f'discloss: {title}'), Style(Safe(_css)))
+    policy = Meta(http_equiv='Content-Security-Policy', content=_policy)
+    view = Meta(name='viewport', content='width=device-width,initial-scale=1')
+    head = HtmlHead(Meta(charset='utf-8'), policy, view, Title(f'discloss: {title}'),
+                    Style(Safe(_css)))
     main = Main(H1(title), *_said(f), Nav(*_links(f, sections)), *sections)
     body = HtmlBody(main, _data(f.vocab, id='names'), Script(Safe(_js)))
     return to_xml(Html(head, body, lang='en'), indent=False)

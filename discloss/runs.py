@@ -249,12 +249,12 @@ def _logits(pred):
 def guessing(
     targ:torch.Tensor, # Labels of the test set, shape (n,)
     n_out:int, # Number of classes
-# Accuracy of the best guess without looking, and what luck can add to it (two standard
+# Accuracy of the best guess without looking, and what luck can add to it (three standard
 # deviations)
 ) -> tuple:
     "The accuracy that no run may be proud of"
     p = max(torch.bincount(targ).max().item()/len(targ), 1/n_out)
-    return p, 2*math.sqrt(p*(1-p)/len(targ))
+    return p, 3*math.sqrt(p*(1-p)/len(targ))
 
 def trouble(
     label:str, # The loss
@@ -262,14 +262,17 @@ def trouble(
     acc:float, # Test accuracy
     chance:tuple, # From guessing
     lr, # The learning rate
+    found:bool=False, # Did a search find it?
 ) -> str|None: # A sentence, or None if it learned
     "What to say of a run that did not learn"
-    remedy = f"try a smaller learning rate than {lr:g}, or 'find'"
-    if diverged: return f"{label} diverged, its loss was not finite: {remedy}"
+    rate, search = f'{lr:.2g}', '' if found else ", or 'find'"
+    if found: rate += ', which the search found'
+    why = f"{label} diverged, its loss was not finite"
+    if diverged: return f"{why}: try a smaller learning rate than {rate}{search}"
     p, luck = chance
     if acc > p+min(luck, (1-p)/2): return None
     told = f"{label} did not learn, test accuracy {acc:.3f} where guessing gives {p:.3f}"
-    return f"{told}: {remedy}, or more epochs"
+    return f"{told}: try more epochs, or another learning rate than {rate}{search}"
 
 # %% ../nbs/11_runs.ipynb #a114371b
 def versions() -> dict: # Of what decides a result
@@ -355,13 +358,15 @@ def run_loss(
     learn = loss_learner(loss, dls, arch, n_feats, seed, pretrained, weights, wd=wd)
     quiet(learn)
     if lr is None: lr = default_lr(arch, tuned)
-    if lr == 'find': lr = _find_lr(learn, seed)
+    found = lr == 'find'
+    if found: lr = _find_lr(learn, seed)
     watch, start = Watch(progress), time.perf_counter()
     _train(learn, epochs, lr, watch, cbs, tuned)
     seconds = time.perf_counter()-start
     test, said = ({}, None) if watch.diverged else _test(learn, dls)
     chance = (0,0) if said is None else guessing(torch.from_numpy(said['targ']), dls.c)
-    wrong = trouble(label or loss.name, watch.diverged, test.get('accuracy'), chance, lr)
+    name = label or loss.name
+    wrong = trouble(name, watch.diverged, test.get('accuracy'), chance, lr, found)
     row = dict(valid=(watch.rows or [{}])[-1], test=test, epochs=watch.rows, seconds=seconds,
                lr=lr, trouble=wrong)
     return dict(**row, parameters=sum(p.numel() for p in learn.model.parameters())), said

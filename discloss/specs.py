@@ -227,7 +227,7 @@ def read_specs(
 
 # %% ../nbs/10_specs.ipynb #5e31dfea
 def check_budget(
-    **values, # epochs, seeds, lr, wd, bs, n_feats: what compare was given
+    **values, # epochs, seed, lr, wd, bs, n_feats, threads: what compare was given
 ):
     "Raise `ValueError` for the first value that cannot be"
     def whole(n, least): return isinstance(n, Integral) and not isinstance(n, bool) and n >= least
@@ -235,6 +235,7 @@ def check_budget(
     checks = dict(epochs=(lambda v: whole(v, 1), 'a whole number, at least 1'),
                   bs=(lambda v: whole(v, 1), 'a whole number, at least 1'),
                   n_feats=(lambda v: whole(v, 1), 'a whole number, at least 1'),
+                  threads=(lambda v: whole(v, 1), 'a whole number, at least 1'),
                   lr=(lambda v: v == 'find' or real(v, 0) and v > 0, "positive, or 'find'"),
                   wd=(lambda v: real(v, 0), 'at least 0'),
                   seed=(lambda v: whole(v, 0) and v < 2**32, 'a whole number in 0..2**32-1'))
@@ -298,9 +299,13 @@ def registered(
 
 def check_arch(
     arch:str, # A name of discloss.bodies.bodies, of torchvision or of timm
+    pretrained:bool=False, # Are its trained weights wanted?
 ) -> str: # Where it is: 'discloss', 'torchvision' or 'timm'
     "Where a network comes from; raises `ValueError` with what can be said instead"
     ours = names_in('discloss.bodies', 'bodies')
+    if arch in ours and pretrained:
+        raise ValueError(f"{arch} has no trained weights to download: give weights of your own "
+                         f"as a file, or choose a network of torchvision or timm")
     if arch in ours: return 'discloss'
     if arch in registered('torchvision'): return 'torchvision'
     if arch.partition('.')[0] in registered('timm'): return 'timm'

@@ -65,8 +65,9 @@ def claim(
     "Claim a piece of work for this process, if no other process has it"
     with open(path, 'ab') as f:
         ours = _lock(f, wait=False)
-        yield ours
-        if ours and fcntl: Path(path).unlink(missing_ok=True)
+        try: yield ours
+        finally:
+            if ours and fcntl: Path(path).unlink(missing_ok=True)
 
 # %% ../nbs/12_store.ipynb #cb058c63
 def plain(

@@ -1,6 +1,7 @@
 "The rules that make a comparison a comparison, one small test for each; and the key of a result, one line for each part of it."
 import functools, json, math, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ from fastai.torch_core import params
 from matplotlib.axes import Axes
 from matplotlib.legend import Legend
 from matplotlib.text import Text
+from scipy.stats import binom
 
 import discloss.runs as runs
 from discloss.bodies import bodies, lenetpp, small_body
-from discloss.compare import compare
+from discloss.compare import _announce, compare, estimate
 from discloss.comparison import Comparison, better, load_comparison
 from discloss.data import image_dls
 from discloss.losses.center import CenterLoss
 from discloss.losses.cross_entropy import CrossEntropy
-from discloss.runs import choose_threads, default_arch, default_lr, loss_learner, run_loss, threads
+from discloss.runs import choose_threads, default_arch, default_lr, guessing, loss_learner, run_loss, threads, trouble
 from discloss.store import append_result, read_results
 
 quick = dict(n_train=128, epochs=1, seeds=1, show=False)
@@ -169,7 +171,7 @@ def test_mean_and_sample_deviation():
     assert made(a=[.90,.92,.97]).table()['test accuracy']['a'].startswith(f'0.9300 ± {np.std([.90,.92,.97], ddof=1):.4f}')
 
 def test_what_did_not_learn_wins_nothing_and_is_marked():
-    cmp = Comparison([*(row('a', i, .99, 'a diverged: try a smaller learning rate' if i == 1 else None) for i in range(3)), *(row('b', i, .5) for i in range(3))])
+    cmp = Comparison([*(row('a', i, .99, 'a diverged: try a smaller learning rate' if i == 1 else None) for i in range(3)), *(row(k, i, v) for k,v in (('b',.5),('c',.4)) for i in range(3))])
     assert cmp.starred() == ['b'] and 'a (did not learn)' in cmp.table().index and 'a diverged' in cmp.summary()
 
 def test_a_rate_that_diverges_is_told(capsys):
@@ -188,6 +190,47 @@ def test_defaults_learn(arch):
 def test_every_known_set_has_a_default_that_is_tested():
     assert set(default_arch.values()) <= set(bodies) and {a: default_lr(a) for a in bodies} == runs.default_lrs
     assert default_lr(functools.partial(lenetpp, n_feats=3)) == default_lr('lenetpp') == 2e-3
+
+def test_no_star_where_no_other_loss_learned():
+    cmp = Comparison([*(row('a', i, .1, 'a did not learn', variance_ratio=.1) for i in range(3)), *(row('b', i, .5, variance_ratio=.4) for i in range(3))])
+    assert cmp.starred() == cmp.starred(('test','variance_ratio')) == []
+
+def test_learning_is_more_than_luck():
+    "Less than five of 1,000 runs that guess seem to learn"
+    targ = torch.arange(200) % 10
+    p, luck = guessing(targ, 10)
+    lucky = binom.ppf(.995, len(targ), p)/len(targ)
+    assert trouble('center', False, lucky, (p,luck), .01) and not trouble('center', False, lucky+.02, (p,luck), .01)
+
+def test_what_is_advised_is_what_may_help():
+    "Where nothing was learned the rate may be too small; what a search found is not advised again"
+    few, wild = trouble('a', False, .1, (.1,.03), .01), trouble('a', True, 0., (0,0), .01)
+    assert 'more epochs' in few and 'smaller' not in few and 'find' in few and 'smaller learning rate than 0.01' in wild
+    found = trouble('a', False, .1, (.1,.03), 3.311e-4, found=True)
+    assert '0.00033, which the search found' in found and "'find'" not in found
+
+# ---- what it costs
+
+def sizes(n_train, n_test):
+    "Loaders of so many images in batches of 10"
+    class Loader(list): dataset = property(lambda self: range(10*len(self)))
+    loaders = [Loader(range(n//10)) for n in (n_train, n_test, n_test)]
+    return SimpleNamespace(c=10, device='cpu', train=loaders[0], valid=loaders[1], loaders=loaders)
+
+def test_estimate_counts_all_that_is_done():
+    dls = sizes(1000, 200)
+    assert estimate(dls, 3, (1., .5)) == 3*(100*1 + 20*.5) + (20+100)*.5
+    assert estimate(dls, 3, (1., .5), search=100) == estimate(dls, 3, (1., .5)) + 100
+
+def test_what_is_said_to_be_shorter_is_shorter(capsys):
+    def said(dls):
+        _announce(dls, 'lenetpp', 2, 6, 1000., 1)
+        return capsys.readouterr().out
+    large, small = said(sizes(3000, 2000)), said(sizes(100, 1000))
+    assert '6 runs of 2 epochs after 1 for the head alone on 3,000 images' in large
+    assert 'n_train=300 ' in large and 'n_eval=1000' in large
+    assert 'n_train' not in small and 'n_eval' not in small and 'fewer epochs or seeds' in small
+    assert 'only 20 training steps' in small and 'training steps' not in large
 
 # ---- the picture
 

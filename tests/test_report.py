@@ -150,6 +150,15 @@ def test_a_loss_that_did_not_learn_is_named_and_wins_nothing():
     assert f.table.status['arcface'] == 'failed' and 'arcface' not in f.winners().values()
     page = check(report_html(cmp))
     assert 'arcface did not learn in 5 of 5 runs: its loss is not finite: try --lr 0.001' in page.text
+    curves, scores = re.findall(r'(?:Validation accuracy after each epoch|Test accuracy of each run)\.(.*?)</figcaption>', report_html(cmp))
+    assert curves == scores == ' Without arcface: did not learn.'
+
+@pytest.mark.parametrize('said', ['arcface diverged: try less', 'arcface did not learn, diverged: try less'])
+def test_what_went_wrong_is_said_once(said):
+    cmp = made_up(broken=('arcface',))
+    for r in cmp.results:
+        if r['trouble']: r['trouble'] = said
+    assert Findings(cmp).failed['arcface'] == 'did not learn in 5 of 5 runs: diverged: try less'
 
 def test_no_test_set_is_said(): assert 'There was no test set' in check(report_html(made_up(test_set='validation'))).text
 
@@ -184,7 +193,8 @@ browser = shutil.which('chromium') or shutil.which('google-chrome')
 @pytest.mark.skipif(browser is None, reason='no Chromium')
 def test_the_page_in_a_browser(tmp_path):
     "Sorting, the legend and the matrix work; nothing is wider than a phone; no error"
-    html, _ = write_report(made_up(vocab=['a','b',nasty,'d'], gains=dict(center=.05)), tmp_path)
+    losses = 'crossentropy','center','arcface(scale=30.0,margin=0.3,straight=True)'
+    html, _ = write_report(made_up(vocab=['a','b',nasty,'d'], losses=losses, gains=dict(center=.05)), tmp_path)
     probe = '''<script>
     const got={errors}, table=document.querySelector('table.sort'), first=()=>table.tBodies[0].rows[0].cells[0].textContent.trim();
     const head=i=>table.tHead.querySelectorAll('button')[i];
@@ -193,6 +203,8 @@ def test_the_page_in_a_browser(tmp_path):
     document.querySelectorAll('.classes button')[2].click(); got.hit=document.querySelectorAll('.feats .hit').length; got.dim=document.querySelector('.feats').classList.contains('on');
     const m=document.querySelector('.matrix'); m.scrollIntoView(); const r=m.querySelector('image').getBoundingClientRect(), at=k=>({clientX:r.left+.125*r.width,clientY:r.top+(k+.5)/4*r.height});
     const touch=k=>{m.querySelector('svg').dispatchEvent(new MouseEvent('click',at(k))); return m.querySelector('.read').textContent}; got.read=touch(0); got.wrong=touch(3);
+    const right=o=>o.getBoundingClientRect().right; got.inside=[...document.querySelectorAll('.name span')].every(o=>right(o)<=right(o.closest('th')));
+    got.letters=Math.min(...[...document.querySelectorAll('.name span')].map(o=>o.getBoundingClientRect().width));
     got.wide=document.documentElement.scrollWidth<=innerWidth; got.title=document.title;
     document.body.innerHTML=''; document.body.append('GOT'+JSON.stringify(got)+'END');</script>'''
     text = html.read_text().replace('<head>', '<head><script>const errors=[]; onerror=e=>errors.push(String(e))</script>', 1).replace('</body>', probe+'</body>')
@@ -202,6 +214,7 @@ def test_the_page_in_a_browser(tmp_path):
     out = subprocess.run([browser, *args], capture_output=True, text=True, timeout=120).stdout
     got = json.loads(re.search(r'GOT(.*?)END', out)[1].replace('&lt;','<').replace('&gt;','>').replace('&amp;','&'))
     assert got['errors'] == [] and got['title'] == 'discloss: three losses on photos'
+    assert got['inside'] and got['letters'] > 40 # A name fits into its cell, and is no column of letters
     assert got['down'] == 'center' and got['up'] != 'center' and got['sorted'] == 'ascending' and got['names'] == 'crossentropy'
     assert got['hit'] == 9 and got['dim'] # points, badge and its text in three panels
     assert got['read'].startswith('a recognised: ') and got['wrong'].startswith('d taken for a: ') and got['wide']
