@@ -11,8 +11,11 @@ from discloss import claims as c
 from discloss.runs import loss_learner
 from discloss.specs import parse_loss
 from discloss.store import append_result, read_results
-from discloss.study import digits_fold
+from discloss.study import digits_fold, entries
 from conftest import root
+
+faster = 'cross-entropy, rate × 5/3'
+text = 'more accurate than cross-entropy with its rate raised by 5/3'
 
 def rows(tmp_path, experiment, arms):
     "A file of made-up runs: arm -> numbers by seed"
@@ -30,9 +33,9 @@ def verdict(path, paper, text):
     (0.05, 'confirmed here'), (-0.05, 'contradicted'), (0., 'not confirmed')])
 def test_verdict_of_a_difference(tmp_path, shift, expected):
     noise = np.random.default_rng(0).normal(0, .002, (2, 10))
-    arms = {'CRL': [dict(accuracy=.9+shift+e) for e in noise[0]], 'NLLR': [dict(accuracy=.9+e) for e in noise[1]]}
-    path = rows(tmp_path, 'digits', arms)
-    assert verdict(path, 'CRL (2019)', 'more accurate than NLLR') == expected
+    arms = {'CRL': [dict(accuracy=.9+shift+e) for e in noise[0]], faster: [dict(accuracy=.9+e) for e in noise[1]]}
+    path = rows(tmp_path, 'rate', arms)
+    assert verdict(path, 'CRL (2019)', text) == expected
     assert verdict(path, 'CRL (2019)', 'fast convergence') == 'not run yet'
 
 @pytest.mark.parametrize('value, expected', [(1e-13, 'confirmed here'), (1., 'contradicted')])
@@ -52,20 +55,22 @@ def test_many_tests_of_one_paper_are_corrected(tmp_path):
     "A p-value just below 0.05 decides alone, and not among others"
     d = np.array([1., -1, 1, 1, -1, 1, 1, -1, 1, 1])
     d = (d-d.mean())/d.std(ddof=1)
-    few = d + 2.3*math.sqrt(1/10+1/4)
-    arms = {'NLLR': [dict(accuracy=.9) for _ in d], 'CRL': [dict(accuracy=.9+.01*e) for e in few],
+    few = d + 2.3*math.sqrt(1/10+c.experiments['rate'].ratio)
+    arms = {faster: [dict(accuracy=.9) for _ in d], 'CRL': [dict(accuracy=.9+.01*e) for e in few],
             'cross-entropy': [dict(accuracy=.9+.01*e+.01*(-1)**i) for i,e in enumerate(few)]}
-    path = rows(tmp_path, 'digits', arms)
-    found = c.Versus('digits', 'CRL', 'NLLR')(c.read_runs(path))
+    path = rows(tmp_path, 'rate', arms)
+    found = c.Versus('rate', 'CRL', faster)(c.read_runs(path))
     assert .04 < found.p < .05
-    assert verdict(path, 'CRL (2019)', 'more accurate than NLLR') == 'not confirmed'
+    assert verdict(path, 'CRL (2019)', text) == 'not confirmed'
 
 def test_claims_name_what_exists():
     for claim in c.claims:
         assert (root/'nbs'/claim.page).is_file(), claim.page
         t = claim.test
         arms = [t.a, t.b] if isinstance(t, c.Versus) else list(getattr(t, 'arms', [])) or [getattr(t, 'arm', None)]
-        for arm in filter(None, arms): assert arm in c.experiments[t.experiment].arms, (claim.text, arm)
+        if not any(arms): continue
+        known = entries() if t.experiment in c.studies else c.experiments[t.experiment].arms
+        for arm in arms: assert arm in known, (claim.text, arm)
 
 def test_losses_of_all_arms_can_be_made():
     for name,e in c.experiments.items():
@@ -125,3 +130,11 @@ def test_command_goes_on_where_it_stopped(tmp_path, capsys):
     c.main(['variants', '--out', str(file)])
     assert not capsys.readouterr().out
     with pytest.raises(SystemExit): c.main(['variant', '--out', str(file)])
+
+def test_runs_of_the_study_are_read(tmp_path):
+    (tmp_path/'study').mkdir()
+    for run in range(10):
+        for label,accuracy in {'pod': .98, 'pedcc': .97}.items():
+            where = dict(key=f'{label}{run}', label=label, fold=run%5, seed=run//5)
+            append_result(tmp_path/'study'/'digits.jsonl', where | dict(test=dict(accuracy=accuracy)))
+    assert verdict(tmp_path/'claims.jsonl', 'POD (2021)', 'always better than PEDCC-Loss') == 'confirmed here'
