@@ -327,7 +327,7 @@ def _images(dl, index):
 
 def _id(dataset, i):
     "The file name of an image, or its number"
-    items = getattr(dataset, 'items', None) if not hasattr(dataset, 'x') else None
+    items = getattr(dataset, 'files', None) or getattr(dataset, 'items', None)
     item = items[i] if items is not None and len(items) > i else None
     return str(item) if isinstance(item, (str,Path)) else f'#{i}'
 

@@ -620,8 +620,9 @@ class ImageTensors:
         y:Tensor|None, # Class indices, shape (n,); None: no labels
         vocab:list, # Class names
         split_idx:int=1, # 0 for training images, which are augmented
+        files:list|None=None, # Names of the images, where they have any
     ):
-        self.x,self.split_idx = x,split_idx
+        self.x,self.split_idx,self.files = x,split_idx,files
         self.y = None if y is None else _class_indices(y)
         own = isinstance(vocab, CategoryMap)
         self.vocab = vocab if own else CategoryMap(vocab, sort=False)
@@ -865,7 +866,7 @@ def _file_hash(path):
     return h.digest()
 
 def _read_parts(parts, vocab, channels, size, skip_bad):
-    "Files of each split -> bytes and labels, and a list of what a warning has to say"
+    "Files of each split -> bytes, labels and files, and a list of what a warning has to say"
     ends = np.cumsum([len(y) for _,y in parts.values()])
     files = list(chain.from_iterable(x for x,_ in parts.values()))
     remedy = ". Replace them, or leave them out with skip_bad=True"
@@ -874,13 +875,19 @@ def _read_parts(parts, vocab, channels, size, skip_bad):
     for end,(s,(_,y)) in zip(ends, parts.items()):
         start = end-len(y)
         ok = [i for i in range(len(y)) if start+i not in bad]
-        res[s] = (x[start:end] if len(ok) == len(y) else x[start:end][ok], y[ok])
+        kept = x[start:end] if len(ok) == len(y) else x[start:end][ok]
+        res[s] = kept, y[ok], [files[start+i] for i in ok]
     none = [c for i,c in enumerate(vocab) if i not in res['train'][1]]
     if none: raise ValueError(f"no training picture of {_first(none)} can be read: "
                               f"{_first(sorted(bad.values()))}")
     why = _first(sorted(bad.values()))
     says = [f"{len(bad)} pictures that cannot be used ({why})"] if bad else []
     return res, says + _dark(res['train'][0])
+
+def _relative(files, folder):
+    "Names of files as seen from their folder"
+    root = Path(folder).expanduser()
+    return [os.path.relpath(f, root) for f in files]
 
 def _dark(x):
     "A note on training images that are nearly black"
@@ -973,16 +980,17 @@ def image_dls(
     _check_parts(parts, bs, channels, size)
     if folder:
         parts, more = _read_parts(parts, vocab, channels, size, skip_bad)
-        _check_parts(parts, bs, channels, size)
+        _check_parts({s: (x, y) for s,(x,y,_) in parts.items()}, bs, channels, size)
         _warn(notes+more, name, 2)
-    else: parts = {s: (_to_bytes(x, size, channels), y) for s,(x,y) in parts.items()}
+        parts = {s: (x, y, _relative(files, name)) for s,(x,y,files) in parts.items()}
+    else: parts = {s: (_to_bytes(x, size, channels), y, None) for s,(x,y) in parts.items()}
 
     stats = _usual_stats(parts['train'][0]) if stats is None else stats
     tfms = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
     if pad or flip: tfms.insert(0, CropFlip(pad, flip))
     dls = []
-    for i,(x,y) in enumerate(parts.values()):
-        ds = ImageTensors(x.to(device), torch.as_tensor(y).long().to(device), vocab, i)
+    for i,(x,y,files) in enumerate(parts.values()):
+        ds = ImageTensors(x.to(device), torch.as_tensor(y).long().to(device), vocab, i, files)
         dls.append(TensorDL(ds, bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0,
                             after_batch=tfms, device=device))
     res = ImageTensorLoaders(*dls, device=device)

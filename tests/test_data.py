@@ -807,3 +807,18 @@ def test_cifar10():
         learn.fit_one_cycle(2, 1e-2)
         dls.valid.n = 500
         assert learn.validate()[1] > 0.2
+
+# ---- names of files
+
+def test_each_picture_knows_its_file(tmp_path):
+    "Also where a picture that cannot be read was left out"
+    root = make(tmp_path, 'train/cat', 'train/dog', 'test/cat', 'test/dog', n=6)
+    (root/'test'/'cat'/'0.png').write_bytes(b'no picture')
+    with pytest.warns(UserWarning, match='cannot be used'):
+        dls = image_dls(root, bs=4, size=8, device='cpu', skip_bad=True)
+    for dl in dls.loaders:
+        ds = dl.dataset
+        assert len(ds.files) == len(ds)
+        for x,y,file in zip(ds.x, ds.y, ds.files):
+            assert Path(file).parent.name == dls.vocab[int(y)]
+            assert torch.equal(x, torch.from_numpy(np.array(Image.open(root/file))).permute(2,0,1))
