@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['baseline', 'variants', 'networks', 'make_step', 'loss_steps', 'rival_steps', 'least_seconds', 'peak_bytes',
-           'floor_seconds', 'operation_seconds', 'parts_of', 'body_step', 'resnet_seconds', 'beside', 'thread_seconds',
-           'bench', 'growth', 'main']
+           'operation_seconds', 'parts_of', 'body_step', 'resnet_seconds', 'beside', 'thread_seconds', 'bench',
+           'growth', 'main']
 
 # %% ../nbs/26_bench.ipynb #3cb1424f
 import argparse, itertools, os, subprocess, sys, time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -149,20 +150,6 @@ def peak_bytes(
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return int(max(np.cumsum([0, *sizes])))
 
-# %% ../nbs/26_bench.ipynb #9c18f703
-def floor_seconds(
-    n, d, c, # Batch size, features, classes
-    device='cpu', # Where
-) -> float:
-    "What a linear layer with cross-entropy cannot undercut, at the rates measured now"
-    a, big = torch.randn(1024, 1024, device=device), torch.randn(2**24, device=device)
-    taken = least_seconds(dict(product=lambda: a@a, copy=lambda: big.clone()), 5, device)
-    rate, bandwidth = 2*1024**3/taken['product'], 2*4*2**24/taken['copy']
-    operations = 3*2*n*d*c
-    # Weights and their gradient, features, logits and their gradient
-    numbers = 3*c*d + 3*n*d + 4*n*c
-    return operations/rate + 4*numbers/bandwidth
-
 # %% ../nbs/26_bench.ipynb #5d20c1a4
 class _Watch(TorchDispatchMode):
     "Inside, each operation leaves its name, its largest tensor's size, and its seconds"
@@ -254,18 +241,16 @@ def thread_seconds(
     counts=(1, 2), # Numbers of threads
     others=(0, 2), # Numbers of processes beside
     rounds:int=15, # How often each is measured, in turns
-) -> list: # A dict for each network, number of threads and number of processes
+) -> Iterator: # Of a dict for each network, number of threads and number of processes
     "Seconds on the clock of a training step, by network, threads, and processes beside"
-    rows = []
     for name,(make,shape) in networks.items():
         body, x = make(), torch.randn(shape)
         work = multiply_adds(body, x)
         step = make_step(body.train(), lambda feats, _: feats.square().mean(), x, None)
         for n_others in others:
             with beside(n_others): taken = _by_threads(step, counts, rounds)
-            rows += [dict(network=name, work=work, threads=k, others=n_others, seconds=v)
-                     for k,v in taken.items()]
-    return rows
+            for k,v in taken.items():
+                yield dict(network=name, work=work, threads=k, others=n_others, seconds=v)
 
 def _by_threads(step, counts, rounds):
     "The median of each number of threads, measured in turns"
@@ -306,7 +291,7 @@ def bench(
         measure = resnet_seconds if resnet else least_seconds
         setting = dict(zip(('batch', 'features', 'classes'), size), dtype=dtype, mode=mode,
                        step='ResNet-18' if resnet else 'head and loss', rounds=rounds,
-                       floor=floor_seconds(*size, device), **_circumstances(device))
+                       **_circumstances(device))
         for row in _rows(steps, measure(steps, rounds, device), device):
             if parts: row['parts'] = parts_of(steps[row['loss']], *size, rounds)
             table.append({**row, **setting})
@@ -363,9 +348,10 @@ def main(args=None):
     print(f"on {table.device[0]}; {said}")
 
 def _main_threads(a):
-    rows = [{**r, **_circumstances('cpu')} for r in thread_seconds(rounds=a.rounds)]
-    for r in rows:
-        if a.out: append_result(Path(a.out), r)
+    rows = []
+    for row in thread_seconds(rounds=a.rounds):
+        rows.append({**row, **_circumstances('cpu')})
+        if a.out: append_result(Path(a.out), rows[-1])
     show = pd.DataFrame(rows)[['network', 'work', 'others', 'threads', 'seconds']]
     print(show.to_string(index=False))
 
