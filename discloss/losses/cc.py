@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs, full_precision, gather_samples,
-    reduce_losses)
+from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
+    full_precision, gather_samples, reduce_losses)
 from ..heads import distances
 
 # %% ../../nbs/losses/60_cc.ipynb #2fa4a357
@@ -55,7 +55,9 @@ def cc_loss(
     squared:bool=False, # Squared distances? The paper's are plain
     n_out:int|None=None, # Number of classes; None: not checked, and looked up where it is needed
     eps:float=1e-6, # Added to the denominator of 'ratio', positive; 0.01 in FA-Loss
-    sums:bool=False, # Sums over pairs instead of means, as in FA-Loss? Our choice
+    # As in FA-Loss: for each sample the sum over its pairs instead of the mean over all pairs, of
+    # distances that are not divided by the root of the number of channels
+    sums:bool=False,
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
     "Distances of attention vectors: small within a class, large between classes"
@@ -67,18 +69,19 @@ def cc_loss(
 def _cc_losses(attention, targ, mode, margin, squared, n_out, eps, sums):
     "One loss per sample, from the pairs of all samples given"
     N = len(targ)
+    # $D_{nm}$ divides by $\sqrt d$, so that it is at most 1 whatever the number of channels
+    unit = 1 if sums else attention.shape[1]**.5
     # $\sum_m D_{nm}$ within the class of $n$, and outside of it
     def f(d):
-        # Divided by $\sqrt C$, so that it is at most 1 whatever the number of channels
-        d = d/attention.shape[1]**.5
+        d = d/unit
         if squared: d = d.pow(2)
         return d, F.relu(margin-d) if mode == 'hinge' else d
-    by_moments = squared and mode != 'hinge'
-    if by_moments: same, other, n = _moments(attention/attention.shape[1]**.5, targ, n_out)
+    if squared and mode != 'hinge': same, other, n = _moments(attention/unit, targ, n_out)
     else: same, other, n = _pairs(attention, targ, f)
-    # $\frac{N}{|S|}\sum_m D_{nm}$ and $\frac{N}{|B|}\sum_m D_{nm}$, of means $L_{intra}$, $L_{inter}$
+    # $\frac{N}{|S|}\sum_m D_{nm}$ and $\frac{N}{|B|}\sum_m D_{nm}$: their means over samples are
+    # $L_{intra}$ and $L_{inter}$
     n_same, n_other = (n-1).sum().clamp_min(1), (N-n).sum().clamp_min(1)
-    if sums: n_same = n_other = 1
+    if sums: n_same = n_other = N
     intra, inter = N*same/n_same, N*other/n_other
     if mode == 'difference': return intra - inter
     if mode == 'hinge': return intra + inter
@@ -98,7 +101,8 @@ class ChannelAttentionHead(Head):
         super().__init__(n_in, n_out)
         if squeeze < 1: raise ValueError(f"squeeze must be at least 1, got {squeeze}")
         self.squeeze,self.rescale,self.linear = squeeze,rescale,not rescale
-        self.fc = nn.Linear(n_in, n_out) # First, so that its initial weights are those of a linear head
+        # First, so that its initial weights are those of a linear head
+        self.fc = nn.Linear(n_in, n_out)
         n_hidden = max(n_in//squeeze, 8)
         self.branch = nn.Sequential(nn.Linear(n_in, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_in))
 
@@ -128,7 +132,7 @@ class CCLoss(DiscLoss):
     )
     separable,pairs = False,True
     def __init__(self,
-        lam:float=0.1, # Weight next to cross-entropy, at least 0. Our choice, see the sweep
+        lam:float=0.1, # Weight next to cross-entropy, at least 0. Our choice; 4 in FA-Loss
         mode:str='difference', # 'difference', 'ratio' or 'hinge'. Our choice
         margin:float=0.5, # For 'hinge': the distance between classes that is enough. Our choice
         squared:bool=False, # Squared distances? The paper's are plain
@@ -138,7 +142,9 @@ class CCLoss(DiscLoss):
         # Does the classifier see the features times the attention? True in FA-Loss
         rescale:bool=False,
         eps:float=1e-6, # Added to the denominator of 'ratio', positive; 0.01 in FA-Loss
-        sums:bool=False, # Sums over pairs instead of means, as in FA-Loss? Our choice
+        # As in FA-Loss: for each sample the sum over its pairs instead of the mean over all pairs,
+        # of distances that are not divided by the root of the number of channels
+        sums:bool=False,
         reduction:str='mean', # 'mean', 'sum' or 'none'
         # One number for each class, at least 0, by which its samples count; None: all the same
         weight=None,
@@ -147,7 +153,8 @@ class CCLoss(DiscLoss):
         self.set_hparams(lam=lam, mode=mode, margin=margin, squared=squared, squeeze=squeeze)
         self.set_hparams(rescale=rescale, eps=eps, sums=sums)
 
-    def head(self, n_in, n_out): return ChannelAttentionHead(n_in, n_out, self.squeeze, self.rescale)
+    def head(self, n_in, n_out):
+        return ChannelAttentionHead(n_in, n_out, self.squeeze, self.rescale)
 
     def loss(self, logits, attention, targ):
         a, y = gather_samples(attention, targ)
