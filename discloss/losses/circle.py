@@ -83,10 +83,11 @@ class _AnchorLosses(torch.autograd.Function):
         pull, push = (1+margin-u).clamp_min_(0), (u+margin).clamp_min_(0)
         up = (1-margin-u).mul_(pull).mul_(scale).masked_fill_(~pos, lowest)
         down = (u-margin).mul_(push).mul_(scale).masked_fill_(~neg, lowest)
-        (up_sum, up_log), (down_sum, down_log) = _softmax_parts(up), _softmax_parts(down)
+        (up_sum, up_log), (down_sum, down_log) = map(_softmax_parts, (up, down))
         x = up_log+down_log
         ctx.scale,ctx.margin = scale,margin
-        ctx.save_for_backward(u, pos, neg, x, pull.mul_(up), up_sum, push.mul_(down), down_sum)
+        pull, push = pull.mul_(up), push.mul_(down)
+        ctx.save_for_backward(u, pos, neg, x, pull, up_sum, push, down_sum)
         return -F.logsigmoid(-x)[:,0]
 
     @staticmethod
@@ -100,7 +101,7 @@ class _AnchorLosses(torch.autograd.Function):
         return grad_u, None, None, None, None
 
 def _softmax_parts(z):
-    "Softmax without its denominator, in place; returned are the denominator and the log-sum-exp"
+    "Softmax without its denominator, in place; returns denominator and log-sum-exp"
     top = z.amax(1, keepdim=True)
     total = z.sub_(top).exp_().sum(1, keepdim=True)
     return total, top+total.log()
@@ -142,7 +143,8 @@ def circle_pair_loss(
 ) -> Tensor: # A scalar, or shape (batch,): zero for a sample without a pair
     "Circle loss of the samples of a batch; raises ValueError or TypeError on wrong input"
     check_inputs(targ, feats=feats)
-    check_hparams(dict(scale=circle_scale, margin=circle_margin), scale=scale, margin=margin)
+    ranges = dict(scale=circle_scale, margin=circle_margin)
+    check_hparams(ranges, scale=scale, margin=margin)
     return reduce_losses(_pair_losses(feats, targ.long(), scale, margin), reduction)
 
 # %% ../../nbs/losses/55_circle.ipynb #e351103f

@@ -46,7 +46,8 @@ def cosface_margin(
 
 class CosFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines, the own one less a margin; for the CosineHead"
-    hypers = dict(GSoftmaxLoss.hypers, margin=Number(0, 2, auto=True, search=(0.05, 0.6)))
+    hypers = dict(
+        GSoftmaxLoss.hypers, margin=Number(0, 2, auto=True, search=(0.05, 0.6)))
     def __init__(self,
         scale:float|str=30., # Of the logits, positive, or 'auto'. 30 as in AM-softmax
         margin:float|str=0.35, # In [0, 2]; 'auto': cosface_margin. 0.35 as in AM-softmax
@@ -58,4 +59,5 @@ class CosFaceLoss(GSoftmaxLoss):
         self.set_hparams(margin=margin)
 
     auto_margin = staticmethod(cosface_margin)
-    def own(self, u, margin=None): return cosface_transform(u, u, self._margin(margin))[0]
+    def own(self, u, margin=None):
+        return cosface_transform(u, u, self._margin(margin))[0]

@@ -36,7 +36,8 @@ def _losses(cosine, targ, transform, scale):
 def gsoftmax_loss(
     cosine:Tensor, # Cosines to all classes, shape (batch, classes)
     targ:Tensor, # Class indices, shape (batch,)
-    transform=None, # (pos, neg), (batch, 1) and (batch, classes) -> both transformed; None: NormFace
+    # (pos, neg), of shapes (batch, 1) and (batch, classes) -> both transformed; None: NormFace
+    transform=None,
     scale:float|Tensor=30., # Positive; or a tensor: one number, (classes,) or (batch, classes)
     reduction:str='mean', # 'mean', 'sum' or 'none'
 ) -> Tensor: # A scalar, or shape (batch,)
@@ -50,15 +51,16 @@ def _check_cosines(cosine):
     if cosine.device.type != 'cpu' or not by_hand(): return
     lo, hi = cosine.detach().aminmax()
     if -1.01 <= lo and hi <= 1.01: return
-    raise ValueError(f"cosine must be in [-1, 1], got {lo:.3g} to {hi:.3g}: give the cosines as "
-                     "they are, not logits that are scaled already")
+    raise ValueError(f"cosine must be in [-1, 1], got {lo:.3g} to {hi:.3g}: "
+                     "give the cosines as they are, not logits that are scaled already")
 
 def _check_scale(scale, cosine):
     if not isinstance(scale, Tensor): return scale_range.check('scale', scale)
     n, c = cosine.shape
     shape = tuple(scale.shape)
     if shape not in ((), (1,), (c,), (n, 1), (n, c)):
-        raise ValueError(f"scale must be one number, or of shape {(c,)} or {(n, c)}, got {shape}")
+        raise ValueError(f"scale must be one number, or of shape {(c,)} or {(n, c)}, "
+                         f"got {shape}")
     if scale.device.type != 'cpu' or not by_hand(): return
     least = scale.detach().min()
     if not least > 0: raise ValueError(f"scale must be positive, got {least:.3g}")
@@ -90,7 +92,7 @@ class GSoftmaxLoss(DiscLoss, ABC):
     @property
     def curved(self): return type(self).others is not GSoftmaxLoss.others
     def scaled_others(self, z, scale):
-        "scale times others of z/scale, and the slope of others, both new; subclasses may be faster"
+        "scale times others of z/scale, and the slope of others, both new"
         with torch.enable_grad():
             u = (z/scale).detach().requires_grad_()
             value = self.others(u)
@@ -114,9 +116,11 @@ class GSoftmaxLoss(DiscLoss, ABC):
         "The margin of this loss; if that is 'auto', the one that the head gave"
         if self.margin != 'auto': return self.margin
         if given is not None: return given
-        raise ValueError("margin='auto' needs the head of this loss: with_head(model, loss, n_out)")
+        raise ValueError("margin='auto' needs the head of this loss: "
+                         "with_head(model, loss, n_out)")
 
-    def loss(self, scale, targ, logits=None, feats=None, weight=None, lots=None, margin=None):
+    def loss(self, scale, targ,
+        logits=None, feats=None, weight=None, lots=None, margin=None):
         self._check_head_scale(scale)
         own = self.own if margin is None else partial(self.own, margin=margin)
         if logits is None: label, rest = self._in_chunks(scale, targ, feats, weight, lots)
@@ -134,9 +138,9 @@ class GSoftmaxLoss(DiscLoss, ABC):
         free = self.scale == 'auto' or getattr(self, 'learn_scale', False)
         if free or scale.device.type != 'cpu' or not by_hand(): return
         if math.isclose(scale.detach(), self.scale, rel_tol=1e-3): return
-        raise ValueError(f"the head has a scale of {scale.item():g}, {type(self).__name__} one of "
-                         f"{self.scale:g}: give the model the head of this loss, "
-                         "with_head(model, loss, n_out)")
+        raise ValueError(f"the head has a scale of {scale.item():g}, "
+                         f"{type(self).__name__} one of {self.scale:g}: "
+                         "give the model the head of this loss, with_head(model, loss, n_out)")
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #2d889c88
 @patch

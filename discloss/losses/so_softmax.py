@@ -14,11 +14,11 @@ from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 # %% ../../nbs/losses/51_so_softmax.ipynb #712ce602
 def _check_goals(name, goals):
     if not isinstance(goals, (tuple,list)) or len(goals) != 2:
-        raise ValueError(f"{name} must be a pair of numbers, for the positive and the negative "
-                         f"cosine, got {goals!r}")
+        raise ValueError(f"{name} must be a pair of numbers, for the positive and "
+                         f"the negative cosine, got {goals!r}")
     if not goals[0] > goals[1]:
-        raise ValueError("the goal of the positive must be greater than that of the negatives, "
-                         f"got {goals!r}")
+        raise ValueError("the goal of the positive must be greater than that of the "
+                         f"negatives, got {goals!r}")
 
 so_hypers = dict(
     m=Number(0, 2, search=(0.1, 0.6)),
@@ -58,7 +58,8 @@ def so_softmax_loss(
     "Softmax of cosines that are driven to goals by squares; raises ValueError or TypeError"
     settings = dict(m=m, lambda_p=lambda_p, lambda_n=lambda_n, goals=goals, clamp=clamp)
     check_hparams(so_hypers, **settings)
-    return gsoftmax_loss(cosine, targ, partial(so_transform, **settings), scale, reduction)
+    transform = partial(so_transform, **settings)
+    return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
 # %% ../../nbs/losses/51_so_softmax.ipynb #c2d6c492
 class SOSoftmaxLoss(GSoftmaxLoss):
@@ -76,7 +77,8 @@ class SOSoftmaxLoss(GSoftmaxLoss):
         weight=None, # One number for each class by which its samples count; None: all the same
     ):
         super().__init__(scale, sample, reduction, weight)
-        self.set_hparams(m=m, lambda_p=lambda_p, lambda_n=lambda_n, goals=goals, clamp=clamp)
+        self.set_hparams(m=m, lambda_p=lambda_p, lambda_n=lambda_n)
+        self.set_hparams(goals=goals, clamp=clamp)
 
     def _transform(self, u):
         "Both transforms, less the offset of the negative one: only their difference counts"
