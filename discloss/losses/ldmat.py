@@ -11,7 +11,7 @@ from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
 from ..core import full_precision, gather_samples, reduce_losses
 from ..heads import distances, squared_distances
 
-# %% ../../nbs/losses/30_ldmat.ipynb #4c7ebfea
+# %% ../../nbs/losses/30_ldmat.ipynb #2a02331f
 ldmat_hypers = dict(
     delta=Number(0, above=True, search=(0.5, 10.), log=True),
     slack=Number(0, 1, below=True, search=(0., 0.5)),
@@ -21,19 +21,21 @@ ldmat_hypers = dict(
     momentum=Number(0, 1, above=True),
 )
 
+# %% ../../nbs/losses/30_ldmat.ipynb #58d4ce27
 @full_precision
 def ldmat_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
-    delta:float=2**.5, # Distance between classes, positive; that of one-hot labels. Our choice
-    slack:float=0., # Distance within classes, a share of delta in [0, 1). Our choice
+    delta:float=2**.5, # Between classes, above 0; as one-hot labels. Our choice
+    slack:float=0., # Distance within classes: a share of delta, [0, 1). Our choice
     reduction:str='mean', # 'mean', 'sum' or 'none', each sample's share
     squared:bool=False, # Compare squared distances? The source does not say
-    balance:bool=False, # Do pairs of one class count as much as pairs of two? Our choice
+    balance:bool=False, # Pairs of one class count as much as others? Our choice
 ) -> Tensor: # A scalar, or shape (batch,)
-    "Mean squared difference of the distance matrices of features and labels; 0 for one sample"
+    "Mean squared difference of the distance matrices of features and labels"
     check_inputs(targ, feats=feats)
-    check_hparams(ldmat_hypers, delta=delta, slack=slack, squared=squared, balance=balance)
+    check_hparams(ldmat_hypers, delta=delta, slack=slack, squared=squared,
+                  balance=balance)
     # The samples of all processes, these first
     all_feats, all_targ = gather_samples(feats, targ)
     n = len(all_targ)
@@ -57,13 +59,13 @@ def _balance(same, all_targ, dtype):
     kinds = ((n_same > 0).to(dtype) + (n_differ > 0)).clamp_min(1)
     return (n*n-n)/(kinds*torch.where(same, n_same, n_differ).clamp_min(1))
 
-# %% ../../nbs/losses/30_ldmat.ipynb #1b98fdbd
+# %% ../../nbs/losses/30_ldmat.ipynb #c23f87f5
 class NearestMeanHead(Head):
-    "Nearest running class mean, without any parameter; in training logits, feats, means and counts"
+    "Nearest running class mean, without any parameter"
     def __init__(self,
         n_in:int, # Number of features
         n_out:int, # Number of classes
-        scale:float=10., # Of the logits, which are minus scale times (distance/delta)²; positive
+        scale:float=10., # Logits are minus scale times (distance/delta)²; positive
         delta:float=2**.5, # Distance between classes, positive
     ):
         super().__init__(n_in, n_out)
@@ -76,26 +78,28 @@ class NearestMeanHead(Head):
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
     ) -> Tensor|dict: # Logits (batch, n_out); in training a dict
-        "Logits, and in training the features, the class means and how often each was updated"
-        # In training without gradient, since the loss does not depend on the logits and moves the
-        # means
+        "Logits, and in training also features, class means and their counts"
+        # The loss does not depend on the logits: no gradient in training
         x = feats.detach() if self.training else feats
         # $-s\,\lVert x-\mu_j\rVert^2/\delta^2$
-        logits = squared_distances(x, self.means, exact=False) * (-self.scale/self.delta**2)
+        squares = squared_distances(x, self.means, exact=False)
+        logits = squares*(-self.scale/self.delta**2)
         # A class that was never seen is farther than all others
         farther = logits.amin(1, keepdim=True)-self.scale
         logits = torch.where(self.counts > 0, logits, farther)
         if not self.training: return logits
-        return dict(logits=logits, feats=feats, means=self.means.detach(), counts=self.counts)
+        return dict(logits=logits, feats=feats, means=self.means.detach(),
+                    counts=self.counts)
 
+# %% ../../nbs/losses/30_ldmat.ipynb #a4e0dc83
 def update_means(
     means:Tensor, # Running class means, shape (classes, d); changed in place
-    counts:Tensor, # Number of updates of each class, shape (classes,), int64; changed in place
+    counts:Tensor, # Updates of each class, shape (classes,), int64; changed in place
     feats:Tensor, # Shape (batch, d)
     targ:Tensor, # Class indices, shape (batch,), any integer dtype
     momentum:float=0.1, # Least share of the way to the mean of a batch, in (0, 1]
 ):
-    "Move the running means of the classes that occur, with the samples of all processes"
+    "Move the means of the classes that occur, with the samples of all processes"
     check_inputs(targ, n_out=len(means), feats=feats)
     check_hparams(ldmat_hypers, momentum=momentum)
     dtype = torch.promote_types(means.dtype, torch.float32)
@@ -109,27 +113,29 @@ def update_means(
     step = means.index_select(0, y).to(dtype).sub_(x).mul_(share[y][:,None])
     means.index_add_(0, y, step.to(means.dtype), alpha=-1)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #de368c35
+# %% ../../nbs/losses/30_ldmat.ipynb #b9b5dee0
 class LDMATLoss(DiscLoss):
-    "LDMAT on the features, without softmax; the running class means live in the NearestMeanHead"
+    "LDMAT on the features; the running class means live in the NearestMeanHead"
     separable,pairs = False,True
     hypers = ldmat_hypers
     def __init__(self,
-        delta:float=2**.5, # Distance between classes, positive; that of one-hot labels. Our choice
-        slack:float=0., # Distance within classes, a share of delta in [0, 1). Our choice
+        delta:float=2**.5, # Between classes, above 0; as one-hot labels. Our choice
+        slack:float=0., # Distance within classes: a share of delta, [0, 1). Our choice
         squared:bool=False, # Compare squared distances? The source does not say
-        balance:bool=False, # Do pairs of one class count as much as pairs of two? Our choice
+        balance:bool=False, # Pairs of one class count as much as others? Our choice
         scale:float=10., # Of the head's logits, positive; not of training. Our choice
         momentum:float=0.1, # Of the head's running class means, in (0, 1]. Our choice
         reduction:str='mean', # 'mean', 'sum' or 'none'
-        weight=None, # One number a class, by which its samples count; None: all the same
+        weight=None, # One number a class, by which its samples count; None: equal
     ):
         super().__init__(reduction, weight)
-        self.set_hparams(delta=delta, slack=slack, squared=squared, balance=balance, scale=scale,
-                         momentum=momentum)
+        self.set_hparams(delta=delta, slack=slack, squared=squared, balance=balance)
+        self.set_hparams(scale=scale, momentum=momentum)
 
-    def head(self, n_in, n_out): return NearestMeanHead(n_in, n_out, self.scale, self.delta)
+    def head(self, n_in, n_out):
+        return NearestMeanHead(n_in, n_out, self.scale, self.delta)
     def loss(self, feats, targ):
-        return ldmat_loss(feats, targ, self.delta, self.slack, 'none', self.squared, self.balance)
+        return ldmat_loss(feats, targ, self.delta, self.slack, 'none', self.squared,
+                          self.balance)
     def track(self, feats, means, counts, targ):
         update_means(means, counts, feats, targ, self.momentum)
