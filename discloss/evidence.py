@@ -65,7 +65,7 @@ def missing(
     if done >= todo: return ''
     return f"{done:,} of {todo:,} runs are there; `python -m discloss.study {tier}` adds the rest."
 
-# %% ../nbs/27_evidence.ipynb #855548ba
+# %% ../nbs/27_evidence.ipynb #4d96fd97
 words = dict(ahead='better', behind='worse', equal='equivalent', open='not decided')
 
 def tier_table(
@@ -100,14 +100,14 @@ def _extra(runs, ref):
     pairs = [(runs[k], ref[k]) for k in runs if k in ref]
     tight = [math.log(b/a) for a,b in _both(pairs, 'test', 'variance_ratio') if a > 0 and b > 0]
     seen = np.array(_both(pairs, 'unseen', 'recall@1')).reshape(-1, 2)
-    times = [a['cpu_seconds']/b['cpu_seconds'] for a,b in pairs
-             if a.get('cpu_seconds') and b.get('cpu_seconds')]
     unseen = dict(unseen=math.nan, unseen_low=math.nan, unseen_high=math.nan)
     if len(seen): unseen['unseen'] = np.mean(seen[:,0]-seen[:,1])
     if len(seen) > 1 and runs is not ref:
         unseen['unseen_low'], unseen['unseen_high'] = interval(paired(*seen.T))
     compact = math.exp(np.mean(tight)) if tight else math.nan
-    return dict(compact=compact, **unseen, cost=np.median(times) if times else math.nan)
+    return dict(compact=compact, **unseen, cost=_time(runs)/_time(ref))
+
+def _time(runs): return np.median([r['seconds'] for r in runs.values()])
 
 def _both(pairs, part, name):
     "A number of both runs, where both have it"

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Difference', 'paired', 'interval', 'p_differs', 'paired_images', 'bootstrap', 'seeds_for', 'p_equal', 'holm',
-           'verdict', 'against', 'reference', 'plot_differences', 'keeps_up', 'winner', 'paired_folds', 'Ranks',
-           'rank_test', 'critical_difference', 'plot_ranks']
+           'verdict', 'against', 'reference', 'plot_differences', 'keeps_up', 'better', 'winner', 'paired_folds',
+           'Ranks', 'rank_test', 'critical_difference', 'plot_ranks']
 
 # %% ../nbs/09_statistics.ipynb #84b861be
 import math
@@ -289,6 +289,22 @@ def keeps_up(
     noise = 3*math.sqrt(chance*(1-chance)/n) if n else 0.
     return accuracy > chance + max(share*(best-chance), noise)
 
+# %% ../nbs/09_statistics.ipynb #5adff221
+def better(
+    a, # Scores of one entry, one for each seed
+    b, # Scores of another for the same seeds
+    more:bool=True, # Is more better?
+    alpha:float=0.05, # Level of the test
+) -> bool:
+    "Is a better than b by more than the noise: a paired test over three seeds at least?"
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if len(a) < 3 or not np.isfinite(a-b).all(): return False
+    return _beats(paired(a, b), more, alpha)
+
+def _beats(d, more, alpha):
+    if d is None or d.n < 3: return False
+    return (d.mean > 0) == more and p_differs(d) < alpha
+
 # %% ../nbs/09_statistics.ipynb #1544404e
 def winner(
     scores:dict, # Entry -> scores, as for `against`
@@ -299,10 +315,7 @@ def winner(
     "The entry that is better than every other by more than the noise"
     scores = {k: _by_seed(v) for k,v in scores.items()}
     if len(scores) < 2: return None
-    def beats(a, b):
-        d = _difference(scores[a], scores[b], 0.)
-        if d is None or d.n < 3: return False
-        return (d.mean > 0) == more and p_differs(d) < alpha
+    def beats(a, b): return _beats(_difference(scores[a], scores[b], 0.), more, alpha)
     names = [k for k in scores if among is None or k in among]
     rivals = {k: [o for o in names if o != k] for k in names}
     best = [k for k in names if rivals[k] and all(beats(k, o) for o in rivals[k])]

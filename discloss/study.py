@@ -316,9 +316,7 @@ def _one_run(t, loss, dls, unseen, lr, wd, seed):
     keep = {}
     class Keep(_Callback):
         def after_fit(self): keep['model'] = self.learn.model
-    start = time.process_time()
     row, said = run_loss(loss, dls, t.arch, epochs=t.epochs, lr=lr, wd=wd, seed=seed, cbs=Keep())
-    row['cpu_seconds'] = time.process_time()-start # of use where other work slows the clock
     if unseen is not None and said is not None: row['unseen'] = _unseen(keep['model'], *unseen, dls)
     right = '' if said is None else _right(said)
     n = [len(dl.dataset) for dl in dls.loaders]

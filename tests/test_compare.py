@@ -16,11 +16,12 @@ from scipy.stats import binom
 import discloss.runs as runs
 from discloss.bodies import bodies, lenetpp, small_body
 from discloss.compare import _announce, compare, estimate
-from discloss.comparison import Comparison, better, load_comparison
+from discloss.comparison import Comparison, load_comparison
 from discloss.data import image_dls
 from discloss.losses.center import CenterLoss
 from discloss.losses.cross_entropy import CrossEntropy
 from discloss.runs import choose_threads, default_arch, default_lr, guessing, loss_learner, run_loss, threads, trouble
+from discloss.statistics import better
 from discloss.store import append_result, read_results
 
 quick = dict(n_train=128, epochs=1, seeds=1, show=False)
@@ -150,7 +151,7 @@ def row(label, seed, acc, wrong=None, **test):
 def made(**scores): return Comparison([row(k, i, v) for k,vs in scores.items() for i,v in enumerate(vs)])
 
 def test_star_needs_every_other_loss():
-    lead, good, bad = [.95,.96,.97], [.94,.95,.96], [.5,.5,.5]
+    lead, good, bad = [.95,.962,.97], [.94,.95,.96], [.5,.5,.5]
     assert made(a=lead, b=good, c=bad).starred() == ['a']
     assert made(a=lead, b=lead, c=bad).starred() == [] # Better than c alone
     assert '*' in made(a=lead, b=good, c=bad).table()['test accuracy']['a'] and '*' not in made(a=lead, b=lead, c=bad).table().to_string()
@@ -164,14 +165,20 @@ def test_star_is_paired_by_seed():
     assert not better(.5+shift+.01, .5+shift[::-1]+.0)
 
 def test_star_knows_that_less_loss_is_better():
-    cmp = Comparison([row(k, i, .5, loss=l+i/100) for k,l in (('a',.1),('b',.9)) for i in range(3)])
+    cmp = Comparison([row(k, i, .5, loss=l*(1+i/100)) for k,l in (('a',.1),('b',.9)) for i in range(3)])
     assert cmp.starred(('test','loss')) == ['a']
+
+def test_what_is_far_below_wins_no_column():
+    "Everything at one point is compact"
+    pairs = dict(a=[(.95,.2),(.96,.21),(.95,.19)], b=[(.94,.4),(.95,.43),(.94,.41)], c=[(.5,.001),(.52,.0011),(.51,.0012)])
+    cmp = Comparison([row(k, i, acc, variance_ratio=v) for k,vs in pairs.items() for i,(acc,v) in enumerate(vs)])
+    assert cmp.starred(('test','variance_ratio')) == ['a'] and cmp.starred(('test','intra')) == []
 
 def test_mean_and_sample_deviation():
     assert made(a=[.90,.92,.97]).table()['test accuracy']['a'].startswith(f'0.9300 ± {np.std([.90,.92,.97], ddof=1):.4f}')
 
 def test_what_did_not_learn_wins_nothing_and_is_marked():
-    cmp = Comparison([*(row('a', i, .99, 'a diverged: try a smaller learning rate' if i == 1 else None) for i in range(3)), *(row(k, i, v) for k,v in (('b',.5),('c',.4)) for i in range(3))])
+    cmp = Comparison([*(row('a', i, .99, 'a diverged: try a smaller learning rate' if i == 1 else None) for i in range(3)), *(row(k, i, v*(1+i/50)) for k,v in (('b',.5),('c',.4)) for i in range(3))])
     assert cmp.starred() == ['b'] and 'a (did not learn)' in cmp.table().index and 'a diverged' in cmp.summary()
 
 def test_a_rate_that_diverges_is_told(capsys):
