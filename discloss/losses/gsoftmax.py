@@ -96,7 +96,8 @@ class GSoftmaxLoss(DiscLoss, ABC):
         with torch.enable_grad():
             u = (z/scale).detach().requires_grad_()
             value = self.others(u)
-        return scale*value.detach(), torch.autograd.grad(value.sum(), u)[0]
+            slope, = torch.autograd.grad(value.sum(), u)
+        return scale*value.detach(), slope
 
     def head(self,
         n_in:int, # Number of features
