@@ -327,11 +327,13 @@ class _SplitLogits(torch.autograd.Function):
             z, slope = with_slope(logits)
             z.scatter_(1, index, -torch.inf)
         # $e^{z_{ij}-\max}$ and its sum
-        top = z.amax(1, keepdim=True)
+        top = z.amax(1, keepdim=True).clamp_min_(torch.finfo(z.dtype).min)
         total = z.sub_(top).exp_().sum(1, keepdim=True)
+        rest = (total.log()+top)[:,0]
         ctx.others = others
-        ctx.save_for_backward(logits, targ, z, total, slope)
-        return logits.gather(1, index)[:,0], (total.log()+top)[:,0]
+        # At least 1, unless all others are minus infinity: then they have no gradient
+        ctx.save_for_backward(logits, targ, z, total.clamp_min_(1), slope)
+        return logits.gather(1, index)[:,0], rest
 
     @staticmethod
     def backward(ctx, grad_own, grad_others):
