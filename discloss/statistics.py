@@ -340,7 +340,8 @@ def paired_folds(
     excess = max(0., between-within)
     spread = (images**2/(N-1)).sum() + seeds**2/df + excess**2/max(1, F-1)
     se2 = within+excess
-    return Difference(w@d, S.sum(), S.sum()*seeds, se2-seeds, se2**2/spread if spread else None)
+    n, df = int(S.sum()), se2**2/spread if spread else None
+    return Difference(w@d, n, n*seeds, se2-seeds, df)
 
 def _gap(a, b):
     "The difference of what was right; checked"
