@@ -450,9 +450,15 @@ def _check_classes(tree, folder, classes):
     if len({_split_of(n) for n in split}) > 1: raise ValueError(
         f"the folders of {folder} have {split} inside: the splits must be outside, "
         f"the classes inside. {_say}")
+    own = {d.name for d in classes}
+    for d,names in zip(classes, inside):
+        if again := sorted(names & own - {d.name}): raise ValueError(
+            f"{d} has {_first(again, 4)} inside, which are classes beside it: is it a "
+            f"class, or a second copy? Move it out, or: {_say}")
     if len(classes) < 2 or any(tree.files[d] for d in classes): return
     same = set.intersection(*inside)
     names = _first([d.name for d in classes], 4)
+    if len(set.union(*inside)) < 2: return # n01/images, n02/images: one is no choice
     if same and same == min(inside, key=len): raise ValueError(
         f"{names} in {folder} all have folders of the same names "
         f"({_first(sorted(same), 4)}): they look like splits. {_say}")

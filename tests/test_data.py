@@ -178,6 +178,27 @@ def test_looks_like_splits(tmp_path, folders):
     names = sorted({f.split('/')[0] for f in folders})
     assert sorted(read(tmp_path, splits=dict(train='.'))[0]['train']) == names
 
+def test_one_folder_in_each_class(tmp_path):
+    "As Tiny ImageNet has them: train/n01/images, and val/images without classes"
+    make(tmp_path, 'train/cat/images', 'train/dog/images', 'val/images')
+    items, says = read(tmp_path)
+    assert items == dict(train=two) and '4 pictures in val' in says
+    make(tmp_path/'b', 'cat/images', 'dog/images')
+    assert read(tmp_path/'b') == (dict(train=two), '')
+
+@pytest.mark.parametrize('copy', ['train/train', 'train/old', 'train/cat/dog'])
+def test_classes_inside_of_a_class(tmp_path, copy):
+    "A second copy of the classes is no class, and a class is not read as another one"
+    inside = [f'{copy}/{c}' for c in two] if copy.count('/') == 1 else [copy]
+    make(tmp_path, 'train/cat', 'train/dog', 'test/cat', 'test/dog', *inside)
+    says = refusal(folder_items, tmp_path)
+    assert 'second copy' in says and 'splits=dict(' in says
+    assert read(tmp_path, splits=dict(train='train'))[0]
+
+def test_doubled_class_folders(tmp_path):
+    make(tmp_path, 'cat/cat', 'dog/dog')
+    assert read(tmp_path) == (dict(train=two), '')
+
 def test_pictures_outside(tmp_path):
     make(tmp_path, '.', 'cat', 'dog', 'cat/more', n=3)
     items, says = read(tmp_path)
