@@ -323,6 +323,7 @@ def check_hparams(
     **values, # The values; tensors are taken as they are
 ):
     "Raise TypeError or ValueError for a hyper-parameter that is not allowed"
+    if torch.compiler.is_compiling(): return # There a number can be a symbol
     for name,value in values.items():
         if not isinstance(value, Tensor): hypers[name].check(name, value)
 
