@@ -326,7 +326,7 @@ comparisons = {
     'unknown body':                  (lambda t: compare(arch='resnet99'), ("'resnet99'", 'resnet9')),
     'data that are a number':        (lambda t: compare(data=3), ('data', 'DataLoaders', 'int')),
     'a size for loaders':            (lambda t: compare(data=loaders(), size=3), ('size', 'DataLoaders')),
-    'trained weights of a body':     (lambda t: compare(pretrained=True, **quick), ('small_body', 'weights=FILE')),
+    'trained weights of a body':     (lambda t: compare(pretrained=True, **quick), ('small_body', 'a file')),
     'weights that are no weights':   (lambda t: (t/'w.pth').write_text('hello') and compare(weights=t/'w.pth', **quick), ('w.pth', 'not a file of weights')),
     'weights of another network':    (lambda t: torch.save(nn.Linear(2,3).state_dict(), t/'w.pth') or compare(weights=t/'w.pth', **quick), ('w.pth', 'do not fit')),
     'a callback for all runs':       (lambda t: compare(cbs=PODSchedule()), ('function', 'PODSchedule')),
