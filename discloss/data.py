@@ -925,7 +925,8 @@ def _check_parts(parts, bs, channels, size):
         "n_train=... and n_eval=..., or use fastai's ImageDataLoaders.from_folder, "
         "with which every loss works too")
     if bs > n: raise ValueError(
-        f"bs={bs} is more than the {n} training images: there would be no whole batch")
+        f"bs={bs} is more than the {n} training images: there would be no whole batch; "
+        f"give bs={max(1, n//4)}, for example")
 
 # %% ../nbs/03_data.ipynb #dfd60323
 def image_dls(

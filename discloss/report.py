@@ -486,7 +486,7 @@ def _worst(f):
     if not cards: return None
     about = ('Look at these first: some are hard, and some may be labelled wrongly. '
              'Below each image stand its label and the most frequent wrong answer.')
-    return Section(H2('Images that most runs get wrong'), P(about),
+    return Section(H2('Images that are wrong most often'), P(about),
                    Div(*cards, cls='grid thumbs'), id='images')
 
 def _card(m):

@@ -271,7 +271,7 @@ def trouble(
     if diverged: return f"{why}: try a smaller learning rate than {rate}{search}"
     p, luck = chance
     if acc > p+min(luck, (1-p)/2): return None
-    told = f"{label} did not learn, test accuracy {acc:.3f} where guessing gives {p:.3f}"
+    told = f"{label} did not learn, test accuracy {acc:.3f} is not surely above guessing ({p:.3f})"
     return f"{told}: try more epochs, or another learning rate than {rate}{search}"
 
 # %% ../nbs/11_runs.ipynb #a114371b
