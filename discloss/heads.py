@@ -320,7 +320,7 @@ class CosineHead(Head):
 class _SplitLogits(torch.autograd.Function):
     "Logit of the label and log-sum-exp of the others, with their gradient by hand"
     @staticmethod
-    def forward(ctx, logits, targ, others, with_slope):
+    def forward(ctx, logits, targ, others, with_slope, shifted):
         index, slope = targ[:,None], None
         if with_slope is None: z = logits.scatter(1, index, -torch.inf)
         else:
@@ -329,39 +329,46 @@ class _SplitLogits(torch.autograd.Function):
         # $e^{z_{ij}-\max}$ and its sum
         top = z.amax(1, keepdim=True).clamp_min_(torch.finfo(z.dtype).min)
         total = z.sub_(top).exp_().sum(1, keepdim=True)
-        rest = (total.log()+top)[:,0]
-        ctx.others = others
+        own, rest = logits.gather(1, index), total.log()
+        if shifted: own = own-top
+        else: rest += top
+        ctx.others,ctx.shifted = others,shifted
         # At least 1, unless all others are minus infinity: then they have no gradient
         ctx.save_for_backward(logits, targ, z, total.clamp_min_(1), slope)
-        return logits.gather(1, index)[:,0], rest
+        return own[:,0], rest[:,0]
 
     @staticmethod
     def backward(ctx, grad_own, grad_others):
         logits, targ, z, total, slope = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            outs = _split_logits(logits, targ, ctx.others)
+            outs = _split_logits(logits, targ, ctx.others, ctx.shifted)
             grads = grad_own, grad_others
-            return *differentiable_grads(outs, (logits,), grads), None, None, None
+            return *differentiable_grads(outs, (logits,), grads), *(None,)*4
         g = z*(grad_others[:,None]/total)
         if slope is not None: g.mul_(slope)
-        return g.scatter_(1, targ[:,None], grad_own[:,None]), None, None, None
+        return g.scatter_(1, targ[:,None], grad_own[:,None]), *(None,)*4
 
-def _split_logits(logits, targ, others):
+def _split_logits(logits, targ, others, shifted):
     "In plain formulas"
     index = targ[:,None]
     z = logits if others is None else others(logits)
-    return logits.gather(1, index)[:,0], z.scatter(1, index, -torch.inf).logsumexp(1)
+    own, z = logits.gather(1, index), z.scatter(1, index, -torch.inf)
+    if shifted:
+        top = z.detach().amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+        own, z = own-top, z-top
+    return own[:,0], z.logsumexp(1)
 
 def split_logits(
     logits:Tensor, # Shape (batch, classes), 2 classes or more
     targ:Tensor, # Class indices, int64, shape (batch,)
     others=None, # What becomes of the logits of other classes; None: they stay
     with_slope=None, # The same as two new tensors, value and slope; None: autograd finds the slope
+    shifted:bool=False, # Both less the largest other logit: a large common part costs no digits
 ) -> tuple: # Logit of the label, and log-sum-exp of the others, each of shape (batch,)
     "What cross-entropy needs of the logits: all that comes after is cheap"
     plain = others is not None and with_slope is None
-    if plain or not by_hand(): return _split_logits(logits, targ, others)
-    return _SplitLogits.apply(logits, targ, others, with_slope)
+    if plain or not by_hand(): return _split_logits(logits, targ, others, shifted)
+    return _SplitLogits.apply(logits, targ, others, with_slope, shifted)
 
 # %% ../nbs/01_heads.ipynb #bf831973
 def cross_entropy_of(

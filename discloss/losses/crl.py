@@ -29,8 +29,8 @@ def nllr_loss(
     return reduce_losses(_odds_against(logits, targ.long()), reduction)
 
 def _odds_against(logits, targ): # The same without a look at the input
-    # $z_k$, and $\log\sum_{j\ne k} e^{z_j}$
-    right, wrong = split_logits(logits, targ)
+    # $z_k-m$ and $\log\sum_{j\ne k} e^{z_j-m}$ with $m=\max_{j\ne k} z_j$
+    right, wrong = split_logits(logits, targ, shifted=True)
     return wrong-right
 
 crl_hypers = dict(

@@ -35,7 +35,7 @@ def soft_margin_loss(
     return reduce_losses(_soft_margin(logits, targ.long(), margin), reduction)
 
 def _soft_margin(logits, targ, margin):
-    own, others = split_logits(logits, targ)
+    own, others = split_logits(logits, targ, shifted=True)
     # $z_y - m$ beside the others
     return cross_entropy_of(own-margin, others)
 
