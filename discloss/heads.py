@@ -163,34 +163,21 @@ def distances(
 
 # %% ../nbs/01_heads.ipynb #109229cf
 class _OwnDistances(torch.autograd.Function):
-    "Squared distances to the rows of labels, with their gradient by hand"
+    "Squared distances of rows, with their gradient by hand"
     @staticmethod
-    def forward(ctx, x, table, targ):
-        away = table.index_select(0, targ).to(x.dtype).sub_(x)
-        # A table without gradient may move before the backward pass
-        ctx.save_for_backward(x, table if ctx.needs_input_grad[1] else None, targ, away)
+    def forward(ctx, x, own):
+        away = own-x
+        ctx.save_for_backward(x, own, away)
         return square_norm(away)
 
     @staticmethod
     def backward(ctx, grad):
-        x, table, targ, away = ctx.saved_tensors
+        x, own, away = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            away = away - (x-x.detach())
-            inputs = (x,)
-            if table is not None:
-                inputs, own = (x, table), table.index_select(0, targ).to(x.dtype)
-                away = away + (own-own.detach())
-            found = differentiable_grads(away.square().sum(1), inputs, grad)
-            return found[0], *(found[1:] or (None,)), None
+            return differentiable_grads((own-x).square().sum(1), (x, own), grad)
         # $-2g_i(c_{y_i}-x_i)$, and the opposite for the rows
         dx = away*(-2*grad)[:,None]
-        if table is None: return dx, None, None
-        to_rows = torch.zeros_like(table).index_add_(0, targ, dx.to(table.dtype), alpha=-1)
-        return dx, to_rows, None
-
-def _own_distances(x, table, targ):
-    own = table.index_select(0, targ).to(x.dtype)
-    return F.mse_loss(x, own, reduction='none').sum(1)
+        return dx, -dx if ctx.needs_input_grad[1] else None
 
 @full_precision
 def own_distances(
@@ -199,7 +186,10 @@ def own_distances(
     targ:Tensor, # Class indices, int64, shape (batch,)
 ) -> Tensor: # Shape (batch,)
     "Squared distance of each row of x to the row of its label, as exact differences"
-    return (_OwnDistances.apply if by_hand() else _own_distances)(x, table, targ)
+    # Rows of their own: the table may move before the backward pass
+    own = table.index_select(0, targ).to(x.dtype)
+    if by_hand(): return _OwnDistances.apply(x, own)
+    return F.mse_loss(x, own, reduction='none').sum(1)
 
 # %% ../nbs/01_heads.ipynb #f648827d
 def _inverse_norm(x):
