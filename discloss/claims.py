@@ -767,7 +767,6 @@ def claims_table(
 ) -> pd.DataFrame: # paper, loss, claim, how, numbers, verdict, page; a row for each claim
     "All claims with their numbers and verdicts"
     runs = read_runs(path)
-    found = [c.test(runs) for c in claims]
     def row(c): return dict(paper=c.paper, loss=c.loss, claim=c.text, page=c.page)
     rows = [row(c) | vars(c.test(runs)) for c in claims]
     table = pd.DataFrame(rows)
