@@ -22,10 +22,10 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from . import __version__
 from .bodies import Body, resnet9, small_body
 from .data import (ImageTensorLoaders, ImageTensors, TensorDL, channel_stats, data_root,
-                           image_dls, load_arrays)
+                           fingerprint, image_dls, load_arrays)
 from .evaluate import retrieval, verification
 from .geometry import get_features
-from .runs import default_lr, device_name, run_loss, versions
+from .runs import arch_name, default_lr, device_name, run_loss, versions
 from .losses.cross_entropy import CrossEntropy
 from .metric import references
 from .specs import all_losses, loss_label
@@ -287,19 +287,30 @@ def right_of(
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(row['right']), np.uint8))
     return bits[:row['n'][2]].astype(bool)
 
+def _unseen_loader(images, labels, dls):
+    names = [str(i) for i in range(int(labels.max())+1)]
+    return dls.valid.new(ImageTensors(images, labels.long(), names))
+
 def _unseen(learn_or_model, images, labels, dls):
     "Retrieval and verification among classes that were never seen"
-    ds = ImageTensors(images, labels.long(), [str(i) for i in range(int(labels.max())+1)])
-    feats, _, targ = get_features(learn_or_model, dls.valid.new(ds))
+    feats, _, targ = get_features(learn_or_model, _unseen_loader(images, labels, dls))
     pairs = verification(feats, targ)
     return dict(retrieval(feats, targ), eer=pairs.eer, auroc=pairs.auroc)
 
 # %% ../nbs/24_study.ipynb #fe069060
-def _key(tier, label, fold, seed):
-    "The name of a run: all that decides it, the version of discloss among it"
+@lru_cache(5)
+def _data_key(tier, fold, out):
+    "A hash of all images, those of unseen classes too"
+    dls, unseen = _loaders(tier, fold, out)
+    more = [] if unseen is None else [_unseen_loader(*unseen, dls)]
+    return fingerprint([*dls.loaders, *more])
+
+def _key(tier, label, fold, seed, out):
+    "The name of a run: all that decides it, data, network and version among it"
     t = tiers[tier]
-    return run_key(dict(tier=tier, label=label, fold=fold, seed=seed, epochs=t.epochs, trials=t.trials,
-                        tries=t.tries, discloss=__version__))
+    which = dict(tier=tier, label=label, fold=fold, seed=seed)
+    what = dict(data=_data_key(tier, fold, out), arch=arch_name(t.arch), discloss=__version__)
+    return run_key(dict(**which, **what, epochs=t.epochs, trials=t.trials, tries=t.tries))
 
 def run_one(
     tier:str, # Name of the tier
@@ -311,7 +322,7 @@ def run_one(
 ):
     "Tune one entry on one fold and train it, unless that is done or another process does it"
     t, out = tiers[tier], Path(out)
-    results, key = out/f'{tier}.jsonl', _key(tier, label, fold, seed)
+    results, key = out/f'{tier}.jsonl', _key(tier, label, fold, seed, out)
     if key in read_results(results): return
     (out/'claims').mkdir(parents=True, exist_ok=True)
     with claim(out/'claims'/f'{tier}-{label}-{fold}.lock') as ours:

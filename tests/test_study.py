@@ -1,7 +1,12 @@
 "What the study asks of its data."
+import dataclasses
+from functools import partial
+
+import pytest
 import torch
 
 from discloss import study
+from discloss.bodies import small_body
 
 def test_frozen_features_are_of_as_many_images_as_the_tier_says(tmp_path, monkeypatch):
     asked = {}
@@ -15,3 +20,26 @@ def test_frozen_features_are_of_as_many_images_as_the_tier_says(tmp_path, monkey
     dls = study.frozen_loaders('none', tmp_path, n_train=5, n_eval=7)
     assert (asked['n_train'], asked['n_eval']) == (5, 7)
     assert dls.c == 2
+
+def key(tier, tmp_path, **changes):
+    "The key of the first run of a tier with something changed"
+    study.tiers['changed'] = dataclasses.replace(study.tiers[tier], **changes)
+    study._loaders.cache_clear()
+    study._data_key.cache_clear()
+    try: return study._key('changed', 'center', 0, 0, tmp_path)
+    finally: del study.tiers['changed']
+
+def fewer(fold, out): return study.kept(study.digits_fold(fold), [5]*10)
+def one_pixel(fold, out):
+    dls = study.digits_fold(fold)
+    dls.test.dataset.x[0,0,0,0] += 1
+    return dls
+
+changes = dict(arch=dict(arch=partial(small_body, width=8)), epochs=dict(epochs=3), trials=dict(trials=1),
+               tries=dict(tries=5), images=dict(loaders=fewer), pixel=dict(loaders=one_pixel))
+
+@pytest.mark.parametrize('change', changes)
+def test_what_a_tier_is_decides_the_key_of_its_runs(change, tmp_path):
+    same = key('digits', tmp_path)
+    assert key('digits', tmp_path) == same
+    assert key('digits', tmp_path, **changes[change]) != same
