@@ -272,7 +272,7 @@ def _setting(t, entry, dls, folder):
     loss = entry.make()
     if not t.trials: return loss, default_lr(t.arch), 0.01
     found = tune(loss, dls, t.trials, entry.names, t.arch, epochs=t.epochs,
-                 seeds=t.tries, out=folder, show=False)
+                 seeds=t.tries, out=folder, show=False, alone=True)
     return found.loss, found.lr, found.wd
 
 def _right(said):

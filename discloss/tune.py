@@ -65,6 +65,8 @@ def validation_accuracy(
     return 0. if watch.diverged or not watch.rows else watch.rows[-1]['accuracy']
 
 # %% ../nbs/23_tune.ipynb #293041fb
+def _done(study): return [t for t in study.trials if t.state.name in ('COMPLETE', 'PRUNED')]
+
 class Tuned:
     "A finished search: the best setting, all trials, a picture"
     def __init__(self,
@@ -77,8 +79,7 @@ class Tuned:
     @property
     def trials(self) -> pd.DataFrame: # A row for each finished trial
         "Settings and validation accuracies"
-        done = [t for t in self.study.trials if t.state.is_finished()]
-        return pd.DataFrame(map(_row, done))
+        return pd.DataFrame(map(_row, _done(self.study)))
     @property
     def settings(self) -> dict: # Hyper-parameters by name
         "The best hyper-parameters of the loss"
@@ -158,6 +159,8 @@ def tune(
     out=None, # Folder for the journal of trials; None: nothing is written
     storage:str|None=None, # Any URL that Optuna knows, in place of the journal
     show:bool=True, # Show progress?
+    # Does no other process work on this search? Then trials that were cut off are tried again
+    alone:bool=False,
     **data_kwargs, # Passed on to image_dls: root, n_train, ...
 ) -> Tuned:
     "Search hyper-parameters, learning rate and weight decay of one loss, on validation images only"
@@ -173,9 +176,10 @@ def tune(
     study = optuna.create_study(
         study_name=f'{label} {run_key(setup)}', direction='maximize',
         storage=_storage(optuna, out, storage), load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=0),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-    if not study.trials: study.enqueue_trial(dict(_defaults(loss, space), lr=rate, wd=0.01))
+    # A search that goes on must not draw the settings of its beginning again
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+    _begin(study, dict(_defaults(loss, space), lr=rate, wd=0.01), alone)
     def objective(trial):
         values = {k: suggest(trial, k, h) for k,h in space.items()}
         trial.set_user_attr('values', values)
@@ -210,9 +214,21 @@ def _score(optuna, trial, loss, seeds, dls, arch, n_feats, epochs, fit):
     trial.set_user_attr('scores', scores)
     return float(np.mean(scores))
 
+def _setting(trial): return trial.system_attrs.get('fixed_params') or trial.params
+
+def _begin(study, first, alone):
+    "The first setting, and those of trials that were interrupted, are tried next"
+    trials = study.trials
+    def lost(t): return t.state.name == 'FAIL' or alone and t.state.name == 'RUNNING'
+    tried = [_setting(t) for t in trials if not lost(t)]
+    for setting in (first, *(_setting(t) for t in trials if lost(t))):
+        if not setting or setting in tried: continue
+        study.enqueue_trial(setting)
+        tried.append(setting)
+
 def _search(study, objective, n_trials, show, label):
     "Run the trials that are missing"
-    def missing(): return n_trials - sum(t.state.is_finished() for t in study.trials)
+    def missing(): return n_trials - len(_done(study))
     todo = max(missing(), 0)
     moving = show and todo and (sys.stdout.isatty() or 'ipykernel' in sys.modules)
     bar = progress_bar(range(todo)) if moving else None

@@ -1,0 +1,52 @@
+"A search that is cut off goes on as if it had not been: nothing is lost, nothing is tried twice."
+from functools import partial
+
+import pytest
+
+from discloss import tune as module
+from discloss.bodies import small_body
+from discloss.data import image_dls
+from discloss.tune import tune
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    "A search without training; `cut` says in which trial it ends, and how"
+    dls, calls = image_dls('digits', n_train=40, n_eval=20, bs=20), []
+    def score(optuna, trial, loss, *args):
+        calls.append(dict(trial.params))
+        if len(calls) == search.cut: raise search.error
+        return 1 - abs(trial.params['lr'] - 0.004)
+    monkeypatch.setattr(module, '_score', score)
+    def search(n=6, **kwargs):
+        return tune('center', dls, n, arch=partial(small_body, width=4), out=tmp_path, show=False, **kwargs)
+    search.calls, search.cut, search.error = calls, None, KeyboardInterrupt()
+    return search
+
+def settings(search): return [tuple(sorted(c.items())) for c in search.calls]
+
+@pytest.mark.parametrize('cut', [1, 3])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, SystemExit])
+def test_a_search_that_was_cut_off_goes_on(search, cut, error):
+    "SystemExit leaves a trial as a kill does: it seems to run"
+    search.cut, search.error = cut, error()
+    with pytest.raises(error): search()
+    found = search(alone=True)
+    tried = settings(search)
+    assert len(tried) == 7
+    assert tried[cut] == tried[cut-1]
+    assert len(set(tried)) == 6
+    assert len(found.trials) == 6
+    assert 0.01 in found.trials.lr.values # The setting as it stands is among them
+
+def test_what_seems_to_run_may_be_another_machine_s(search):
+    search.cut, search.error = 3, SystemExit()
+    with pytest.raises(SystemExit): search()
+    search()
+    assert len(search.calls) == 7
+    assert settings(search).count(settings(search)[2]) == 1
+
+def test_a_search_that_ended_does_nothing_more(search):
+    search()
+    search()
+    assert len(search.calls) == 6
+    assert len(set(settings(search))) == 6
