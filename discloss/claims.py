@@ -7,7 +7,8 @@ __all__ = ['narrow', 'plain_digits', 'pulled', 'by_rate', 'scales', 'by_scale', 
            'of_centroids', 'of_the_head', 'Spread', 'pull', 'matched', 'spreading', 'without_class', 'attacked',
            'abnormal', 'bits', 'explained', 'relations', 'attending', 'sphere', 'variants', 'Experiment', 'sgd',
            'of_study', 'read_runs', 'values', 'Found', 'called', 'show_difference', 'Versus', 'Equal', 'Alone',
-           'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table', 'run_arm', 'plan', 'main']
+           'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table', 'run_arm', 'key_of', 'plan',
+           'main']
 
 # %% ../nbs/studies/22_claims.ipynb #6efc70d4
 import argparse, math, time
@@ -789,6 +790,12 @@ def run_arm(
     loss = spec if name == 'variants' else parse_loss(spec)
     return experiments[name].run(loss, seed, **settings)
 
+def key_of(name, label, seed):
+    "The name of a run: the arm, and the code and numbers of the experiment"
+    e = experiments[name]
+    return run_key(dict(name=name, label=label, arm=e.arms[label], run=e.run, seed=seed,
+                        discloss=__version__))
+
 def plan(names):
     "All runs, the first seed of all arms first"
     for name in names:
@@ -809,8 +816,7 @@ def main(args=None):
     if unknown: parser.error(f"no experiment is called {', '.join(sorted(unknown))}")
     if default_device().type == 'cpu': torch.set_num_threads(1)
     for name, label, seed in plan(given.names or experiments):
-        arm = experiments[name].arms[label]
-        key = run_key(dict(name=name, arm=arm, label=label, seed=seed, discloss=__version__))
+        key = key_of(name, label, seed)
         if key in read_results(given.out): continue
         if time.monotonic()-began > 60*given.minutes: return
         start = time.perf_counter()

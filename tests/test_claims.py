@@ -1,5 +1,6 @@
 "The claims page: its measures against scikit-learn and numpy, its verdicts on made-up runs, its command."
-import math
+import dataclasses, math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -138,3 +139,12 @@ def test_runs_of_the_study_are_read(tmp_path):
             where = dict(key=f'{label}{run}', label=label, fold=run%5, seed=run//5)
             append_result(tmp_path/'study'/'digits.jsonl', where | dict(test=dict(accuracy=accuracy)))
     assert verdict(tmp_path/'claims.jsonl', 'POD (2021)', 'always better than PEDCC-Loss') == 'confirmed here'
+
+def test_another_budget_is_another_run():
+    e = c.experiments['tail']
+    same = c.key_of('tail', 'PEDCC', 0)
+    assert c.key_of('tail', 'PEDCC', 0) == same
+    changed = partial(e.run.func, **{**e.run.keywords, 'epochs': 41})
+    c.experiments['tail'] = dataclasses.replace(e, run=changed)
+    try: assert c.key_of('tail', 'PEDCC', 0) != same
+    finally: c.experiments['tail'] = e
