@@ -245,7 +245,7 @@ tiers = {
                                seeds=10, epochs=10, trials=8, classes=100),
     'noise20': _shift('noise 20%'),
     'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, margin=0.001),
-    'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=8, trials=4, only=few),
+    'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4, only=few),
     'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4, only=few,
                         classes=100),
 }
