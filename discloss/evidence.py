@@ -275,8 +275,8 @@ def in_short(
     folder=None, # Folder of the results
 ) -> Markdown:
     "Verdict and cost of a loss, for the box on top of its chapter"
-    def name(k): return f' {named(k)}.' if len(labels) > 1 else ''
-    found = [f'**Verdict.**{name(k)} {standing(k, folder)}' for k in labels]
+    def name(k): return f', {named(k)}' if len(labels) > 1 else ''
+    found = [f'**Verdict{name(k)}.** {standing(k, folder)}' for k in labels]
     prices = [f'{named(k)}: {cost(k)}' if len(labels) > 1 else cost(k) for k in labels if cost(k)]
     if prices: found.append(f"**Cost.** {' '.join(prices)}")
     return Markdown('\n\n'.join([*found, _more]))
