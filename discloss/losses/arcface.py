@@ -11,9 +11,47 @@ import torch
 from torch import Tensor
 
 from ..core import Choice, Number, check_hparams
+from ..heads import by_hand, differentiable_grads
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss, widest_angle
 
 # %% ../../nbs/losses/54_arcface.ipynb #3e766ff0
+def _cos_sin(margin):
+    if isinstance(margin, Tensor): return margin.cos(), margin.sin()
+    return math.cos(margin), math.sin(margin)
+
+def _turned(u, margin):
+    "Cosine of the angle plus the margin, in plain formulas"
+    cos_m, sin_m = _cos_sin(margin)
+    # $\cos(\theta+m)=u\cos m-\sqrt{1-u^2}\,\sin m$
+    sin = (1-u*u).clamp_min(torch.finfo(u.dtype).eps).sqrt()
+    turned = u*cos_m - sin*sin_m
+    # $u-m\sin m$ beyond $\theta=\pi-m$
+    return torch.where(u > -cos_m, turned, u-margin*sin_m)
+
+# %% ../../nbs/losses/54_arcface.ipynb #62f48009
+class _Turned(torch.autograd.Function):
+    "The same with its slope by hand"
+    @staticmethod
+    def forward(ctx, u, margin):
+        cos_m, sin_m = _cos_sin(margin)
+        eps, square = torch.finfo(u.dtype).eps, 1-u*u
+        sin = square.clamp_min(eps).sqrt()
+        line = u <= -cos_m
+        # $\cos m+\frac u{\sqrt{1-u^2}}\sin m$; the floor of the root has no slope
+        slope = (u/sin).mul_(sin_m).add_(cos_m)
+        slope.masked_fill_(square <= eps, cos_m).masked_fill_(line, 1)
+        ctx.margin = margin
+        ctx.save_for_backward(u, slope)
+        return torch.where(line, u-margin*sin_m, u*cos_m - sin*sin_m)
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, slope = ctx.saved_tensors
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            return *differentiable_grads(_turned(u, ctx.margin), (u,), grad), None
+        return grad*slope, None
+
+# %% ../../nbs/losses/54_arcface.ipynb #d94af59d
 def arcface_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -21,15 +59,10 @@ def arcface_transform(
     straight:bool=False, # Take the slope as 1, as arcface_torch does?
 ) -> tuple: # Both transformed, of the same shapes
     "Cosine of the own angle plus the margin, for gsoftmax_loss"
-    if isinstance(margin, Tensor): cos_m, sin_m = margin.cos(), margin.sin()
-    else: cos_m, sin_m = math.cos(margin), math.sin(margin)
-    # $\cos(\theta+m)=u\cos m-\sqrt{1-u^2}\,\sin m$
-    sin = (1-pos*pos).clamp_min(torch.finfo(pos.dtype).eps).sqrt()
-    turned = pos*cos_m - sin*sin_m
-    # $u-m\sin m$ beyond $\theta=\pi-m$
-    turned = torch.where(pos > -cos_m, turned, pos-margin*sin_m)
-    if straight: turned = pos + (turned-pos).detach()
-    return turned, neg
+    if straight: return pos + (_turned(pos, margin)-pos).detach(), neg
+    free = isinstance(margin, Tensor) and margin.requires_grad
+    if free or not by_hand(): return _turned(pos, margin), neg
+    return _Turned.apply(pos, margin), neg
 
 # %% ../../nbs/losses/54_arcface.ipynb #1f79c326
 angle_range = Number(0, math.pi/2, note='in radians', search=(0.1, 0.8))
