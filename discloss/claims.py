@@ -6,9 +6,9 @@ __all__ = ['narrow', 'plain_digits', 'pulled', 'by_rate', 'scales', 'by_scale', 
            'train', 'in_order', 'class_cosines', 'measure', 'on_training', 'curve', 'plainly', 'of_heads',
            'of_centroids', 'of_the_head', 'Spread', 'pull', 'matched', 'spreading', 'without_class', 'attacked',
            'abnormal', 'bits', 'explained', 'relations', 'attending', 'sphere', 'variants', 'Experiment', 'sgd',
-           'of_study', 'read_runs', 'values', 'Found', 'called', 'show_difference', 'Versus', 'Equal', 'Alone',
-           'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table', 'run_arm', 'key_of', 'plan',
-           'main']
+           'of_study', 'read_runs', 'values', 'compared', 'means', 'Found', 'called', 'show_difference', 'Versus',
+           'Equal', 'Alone', 'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table', 'run_arm',
+           'recipe', 'key_of', 'plan', 'main']
 
 # %% ../nbs/studies/22_claims.ipynb #6efc70d4
 import argparse, math, time
@@ -34,6 +34,7 @@ from .callbacks import PODSchedule
 from .core import find_head, training_head
 from .data import channel_stats
 from .evaluate import fit_scores
+from .evidence import answers, study_rows
 from .geometry import Geometry, class_moments, get_features, head_weight, ncm_accuracy
 from .heads import unit
 from .learner import quiet
@@ -43,7 +44,7 @@ from .losses.pedcc import PEDCCHead, from_centroid
 from .losses.pod import PODHead
 from .runs import Watch, device_name, loss_learner, versions
 from .specs import parse_loss
-from .statistics import holm, interval, p_differs, p_equal, paired
+from .statistics import holm, interval, p_differs, p_equal, paired, paired_runs
 from .store import append_result, plain, read_results, run_key
 from .study import digits_fold, shifted_fold, tensor_loaders, tiers
 
@@ -381,10 +382,9 @@ def read_runs(
         arm = runs.get(row['experiment'], {}).get(row['arm'])
         if arm is not None: arm[row['seed']] = row['numbers']
     for name in studies:
-        file = Path(path).parent/'study'/f"{name.removeprefix('study ')}.jsonl"
-        for row in read_results(file).values():
-            seed, numbers = (row['fold'], row['seed']), row['test'] | row.get('unseen', {})
-            runs[name].setdefault(row['label'], {})[seed] = numbers
+        for row in study_rows(name.removeprefix('study '), Path(path).parent/'study'):
+            numbers = row['test'] | row.get('unseen', {}) | dict(right=answers(row))
+            runs[name].setdefault(row['label'], {})[row['fold'],row['seed']] = numbers
     return runs
 
 def values(
@@ -399,6 +399,22 @@ def values(
         except KeyError: return None # It diverged
     found = {str(s): value(o) for s,o in sorted(runs[experiment].get(arm, {}).items())}
     return pd.Series(found, dtype=float).dropna()
+
+def compared(
+    runs:dict, # From `read_runs`
+    experiment:str, # Its name
+    arm:str, # One of its arms
+    name:str='accuracy', # A number of each run
+) -> dict: # By seed: the answers where the study has them, else the number
+    "What of an arm is compared with another"
+    if experiment in studies and name == 'accuracy':
+        return {s: o['right'] for s,o in runs[experiment].get(arm, {}).items()}
+    return values(runs, experiment, arm, name).to_dict()
+
+def means(*arms):
+    "The mean of each of some arms over the runs that all of them have"
+    common = set(arms[0]).intersection(*arms[1:])
+    return [np.mean([np.mean(a[s]) for s in common]) for a in arms]
 
 # %% ../nbs/studies/22_claims.ipynb #b169b8ac
 words = dict(
@@ -448,20 +464,28 @@ class Versus:
     name:str = 'accuracy' # What is compared
     more:bool = True # Should it be more?
     name_b:str|None = None # What is compared of the other; None: the same
+    def arms(self, runs):
+        "What is compared of both"
+        return (compared(runs, self.experiment, self.a, self.name),
+                compared(runs, self.experiment, self.b, self.name_b or self.name))
+
+    def difference(self, runs):
+        "The difference, with its interval; None: fewer than two runs"
+        return paired_runs(*self.arms(runs), (experiments | studies)[self.experiment].ratio)
+
+    def how(self, runs):
+        "What was compared, in words"
+        a, b = self.arms(runs)
+        n, title = len(a.keys() & b.keys()), (experiments | studies)[self.experiment].title
+        other = f'{called(self.name_b)}, {self.b}' if self.name_b else self.b
+        comma = ',' if self.name_b else ''
+        return f'{title}, {n} runs each: {called(self.name)}, {self.a}{comma} against {other}'
+
     def __call__(self, runs):
-        e = (experiments | studies)[self.experiment]
-        a = values(runs, self.experiment, self.a, self.name)
-        b = values(runs, self.experiment, self.b, self.name_b or self.name)
-        seeds = a.index.intersection(b.index)
-        what = f'{called(self.name)}, {self.a} against {self.b}'
-        if self.name_b:
-            what = f'{called(self.name)}, {self.a}, against {called(self.name_b)}, {self.b}'
-        how = f'{e.title}, {len(seeds)} runs each: {what}'
-        if len(seeds) < 3: return Found(how, verdict='not run yet')
-        a, b = a[seeds], b[seeds]
-        d = paired(a, b, e.ratio)
-        numbers = show_difference(a.mean(), b.mean(), d, self.name)
-        return Found(how, numbers, None, p_differs(d), (d.mean > 0) == self.more)
+        d = self.difference(runs)
+        if d is None or d.n < 3: return Found(self.how(runs), verdict='not run yet')
+        numbers = show_difference(*means(*self.arms(runs)), d, self.name)
+        return Found(self.how(runs), numbers, None, p_differs(d), (d.mean > 0) == self.more)
 
 @dataclass(frozen=True)
 class Equal:
@@ -471,15 +495,15 @@ class Equal:
     margin:float = 0.01 # One point
     def __call__(self, runs):
         e = (experiments | studies)[self.experiment]
-        def of(arm): return values(runs, self.experiment, arm, 'accuracy')
-        all_ = pd.DataFrame({k: of(k) for k in self.arms}).dropna()
-        how = f"{e.title}, {len(all_)} runs each: {', '.join(self.arms)}"
-        if len(all_) < 3: return Found(how, verdict='not run yet')
-        means = all_.mean()
-        d = paired(all_[means.idxmax()], all_[means.idxmin()], e.ratio)
-        numbers = f'{100*means.min():.2f}% to {100*means.max():.2f}%'
-        p = p_equal(d, self.margin)
-        if p < 0.05: return Found(how, numbers, 'confirmed here')
+        arms = [compared(runs, self.experiment, k) for k in self.arms]
+        n = len(set(arms[0]).intersection(*arms[1:]))
+        how = f"{e.title}, {n} runs each: {', '.join(self.arms)}"
+        if n < 3: return Found(how, verdict='not run yet')
+        said = means(*arms)
+        best, worst = arms[np.argmax(said)], arms[np.argmin(said)]
+        d = paired_runs(best, worst, e.ratio)
+        numbers = f'{100*min(said):.2f}% to {100*max(said):.2f}%'
+        if p_equal(d, self.margin) < 0.05: return Found(how, numbers, 'confirmed here')
         sure = interval(d)[0] > self.margin
         return Found(how, numbers, 'contradicted' if sure else 'not confirmed')
 
@@ -606,7 +630,8 @@ claims = [
          Versus('few', 'LDMAT, slack 0.3', 'LDMAT, slack 0', 'gap', False)),
         ('regularisation raises test accuracy',
          Versus('few', 'LDMAT, slack 0.3', 'LDMAT, slack 0')),
-        ('efficient features: as good as cross-entropy', Versus(G, 'ldmat', 'crossentropy')),
+        ('efficient features: as good as cross-entropy',
+         Equal(G, ('ldmat', 'crossentropy'), tiers['digits'].margin)),
         ('any classifier may follow; two features are enough for a picture', in_chapter),
         ('CIFAR-10 and CIFAR-100', large)),
     *of('PEDCC (2020)', 'pedcc', 'losses/40_pedcc.ipynb',
@@ -790,11 +815,20 @@ def run_arm(
     loss = spec if name == 'variants' else parse_loss(spec)
     return experiments[name].run(loss, seed, **settings)
 
+def recipe(o):
+    "A function by its name and the values it has by default; other things as they are"
+    if isinstance(o, partial): return [recipe(o.func), {k: recipe(v) for k,v in o.keywords.items()}]
+    if isinstance(o, (tuple, list)): return [recipe(v) for v in o]
+    if isinstance(o, dict): return {k: recipe(v) for k,v in o.items()}
+    if not callable(o): return o
+    return [o.__qualname__, *map(recipe, getattr(o, '__defaults__', None) or ())]
+
 def key_of(name, label, seed):
-    "The name of a run: the arm, and the code and numbers of the experiment"
+    "The name of a run: the arm, the budget, the seed and the version of this package"
     e = experiments[name]
-    return run_key(dict(name=name, label=label, arm=e.arms[label], run=e.run, seed=seed,
-                        discloss=__version__))
+    budget = recipe([e.run, train])
+    return run_key(dict(name=name, label=label, arm=recipe(e.arms[label]), budget=budget,
+                        seed=seed, discloss=__version__))
 
 def plan(names):
     "All runs, the first seed of all arms first"

@@ -1,5 +1,5 @@
 "The claims page: its measures against scikit-learn and numpy, its verdicts on made-up runs, its command."
-import dataclasses, math
+import dataclasses, math, subprocess, sys
 from functools import partial
 
 import numpy as np
@@ -9,10 +9,12 @@ import torch
 from sklearn.metrics import mutual_info_score
 
 from discloss import claims as c
+from discloss.evidence import tier_table
 from discloss.runs import loss_learner
 from discloss.specs import parse_loss
+from discloss.statistics import interval
 from discloss.store import append_result, read_results
-from discloss.study import digits_fold, entries
+from discloss.study import digits_fold, entries, tiers
 from conftest import root
 
 faster = 'cross-entropy, rate × 5/3'
@@ -132,13 +134,58 @@ def test_command_goes_on_where_it_stopped(tmp_path, capsys):
     assert not capsys.readouterr().out
     with pytest.raises(SystemExit): c.main(['variant', '--out', str(file)])
 
+def studied(tmp_path, accuracies, folds=5, seeds=2, n=200, **changes):
+    "Made-up runs of the digits tier: entry -> mean accuracy"
+    (tmp_path/'study').mkdir(exist_ok=True)
+    rng, t = np.random.default_rng(0), tiers['digits']
+    setting = dict(epochs=t.epochs, trials=t.trials, tries=t.tries) | changes
+    for label,accuracy in accuracies.items():
+        for run in range(folds*seeds):
+            right = rng.random(n) < accuracy
+            where = dict(key=f'{label} {run} {changes}', label=label, fold=run%folds, seed=run//folds)
+            said = dict(right=np.packbits(right).tobytes().hex(), n=[0,0,n], seconds=1., setting=setting)
+            row = where | said | dict(test=dict(accuracy=right.mean()))
+            append_result(tmp_path/'study'/'digits.jsonl', row)
+
+def against_crossentropy(name='accuracy'):
+    return [o.test for o in c.claims if isinstance(o.test, c.Versus) and o.test.experiment == 'study digits'
+            and o.test.b == 'crossentropy' and o.test.name == name]
+
+def assert_same_intervals(path, table, tests):
+    runs = c.read_runs(path)
+    for t in tests:
+        row = table.loc[t.a]
+        assert interval(t.difference(runs)) == pytest.approx((row.low, row.high), abs=1e-12), t.a
+        assert f'({100*row.low:+.2f} to {100*row.high:+.2f})' in t(runs).numbers
+
+def test_claims_and_tables_have_the_same_intervals():
+    tests = against_crossentropy()
+    assert len({t.a for t in tests}) > 7
+    results = root/'results'
+    assert_same_intervals(results/'claims.jsonl', tier_table('digits', results/'study'), tests)
+
+def test_intervals_are_the_same_where_runs_diverged_or_are_out_of_date(tmp_path):
+    studied(tmp_path, dict(pod=.1, crossentropy=.1), epochs=1)
+    studied(tmp_path, dict(crossentropy=.95, pod=.97, pedcc=.97, cc=.96))
+    file = tmp_path/'study'/'digits.jsonl'
+    row = list(read_results(file).values())[-1]
+    append_result(file, row | dict(right='', test={})) # It diverged
+    tests = [t for t in against_crossentropy() if t.a in ('pod','pedcc','cc')]
+    assert_same_intervals(tmp_path/'claims.jsonl', tier_table('digits', tmp_path/'study'), tests)
+
 def test_runs_of_the_study_are_read(tmp_path):
-    (tmp_path/'study').mkdir()
-    for run in range(10):
-        for label,accuracy in {'pod': .98, 'pedcc': .97}.items():
-            where = dict(key=f'{label}{run}', label=label, fold=run%5, seed=run//5)
-            append_result(tmp_path/'study'/'digits.jsonl', where | dict(test=dict(accuracy=accuracy)))
+    studied(tmp_path, dict(pod=.98, pedcc=.93))
     assert verdict(tmp_path/'claims.jsonl', 'POD (2021)', 'always better than PEDCC-Loss') == 'confirmed here'
+    studied(tmp_path, dict(pod=.93, pedcc=.98))
+    assert verdict(tmp_path/'claims.jsonl', 'POD (2021)', 'always better than PEDCC-Loss') == 'contradicted'
+
+def test_other_numbers_of_the_study_keep_the_correction(tmp_path):
+    studied(tmp_path, dict(cc=.96, crossentropy=.95))
+    runs = c.read_runs(tmp_path/'claims.jsonl')
+    for k,o in enumerate([o for arm in runs['study digits'].values() for o in arm.values()]): o['variance_ratio'] = k%7
+    t = next(t for t in against_crossentropy('variance_ratio') if t.a == 'cc')
+    d, ratio = t.difference(runs), c.studies['study digits'].ratio
+    assert d.rest == pytest.approx(ratio*d.var) and d.rest > 0
 
 def test_another_budget_is_another_run():
     e = c.experiments['tail']
@@ -148,3 +195,23 @@ def test_another_budget_is_another_run():
     c.experiments['tail'] = dataclasses.replace(e, run=changed)
     try: assert c.key_of('tail', 'PEDCC', 0) != same
     finally: c.experiments['tail'] = e
+
+def test_a_key_is_the_same_for_the_command_and_for_an_import():
+    "The functions of `python -m` belong to another module"
+    script = "import sys, runpy; sys.argv = ['x', 'variants', '--minutes', '0', '--out', 'no.jsonl']\n"
+    script += "g = runpy.run_module('discloss.claims', run_name='__main__', alter_sys=True)\n"
+    script += "print(g['key_of']('tail', 'PEDCC', 0), g['key_of']('rate', 'CRL', 3))"
+    out = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [c.key_of('tail', 'PEDCC', 0), c.key_of('rate', 'CRL', 3)]
+
+def test_more_seeds_leave_keys_as_they_are():
+    e, before = c.experiments['few'], [c.key_of(*p) for p in c.plan(['few'])]
+    c.experiments['few'] = dataclasses.replace(e, seeds=e.seeds+1)
+    try: after = [c.key_of(*p) for p in c.plan(['few'])]
+    finally: c.experiments['few'] = e
+    assert after[:len(before)] == before and len(set(after)) == len(after) > len(before)
+
+def test_results_have_the_keys_of_this_version():
+    "Else the command would run everything again"
+    known = {c.key_of(*p) for p in c.plan(c.experiments)}
+    assert set(read_results(root/'results'/'claims.jsonl')) <= known

@@ -157,3 +157,15 @@ def test_pictures_are_drawn():
     table = against(dict(ce=[.9,.91,.92], a=[.95,.96,.975], b=[.9,.92,.92]))
     assert [t.get_text() for t in plot_differences(table).axes[0].get_yticklabels()] == ['b','a']
     plot_ranks(rank_test(np.random.default_rng(0).normal(size=(6,7)))).draw_without_rendering()
+
+@pytest.mark.parametrize('form', ['scores', 'answers', 'folds'])
+def test_runs_that_both_have_are_compared_as_their_form_asks(form):
+    rng = np.random.default_rng(11)
+    a, b = answers(rng, 6, 60, .02, .2)
+    if form == 'scores': a, b = a.mean(1), b.mean(1)
+    names = [(s//2,s%2) if form == 'folds' else s for s in range(6)]
+    new, old = (dict(zip(names, o)) for o in (a, b))
+    new['only here'], old['only there'] = a[0], b[0]
+    folds = [(a[i:i+2], b[i:i+2]) for i in (0,2,4)]
+    want = dict(scores=lambda: paired(a, b, .1), answers=lambda: paired_images(a, b), folds=lambda: paired_folds(folds))
+    assert paired_runs(new, old, .1) == want[form]()
