@@ -4,7 +4,7 @@
 __all__ = ['em_softmax_hypers', 'soft_margin_loss', 'hsic', 'em_softmax_loss', 'contrasts', 'stacked', 'EMSoftmaxHead',
            'EMSoftmaxLoss']
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #0d6b279f
+# %% ../../nbs/losses/71_em_softmax.ipynb #0d9bce22
 from itertools import combinations
 
 import torch
@@ -16,7 +16,7 @@ from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
     full_precision, reduce_losses)
 from ..heads import by_hand, cross_entropy_of, differentiable_grads, split_logits
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #5d87469f
+# %% ../../nbs/losses/71_em_softmax.ipynb #5b74810a
 em_softmax_hypers = dict(margin=Number(0, search=(0.05, 3.), log=True),
                          lam=Number(0, search=(1e-3, 1.), log=True),
                          detach_others=Choice((False, True)))
@@ -39,7 +39,7 @@ def _soft_margin(logits, targ, margin):
     # $z_y - m$ beside the others
     return cross_entropy_of(own-margin, others)
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #d4e8232e
+# %% ../../nbs/losses/71_em_softmax.ipynb #b06e9648
 def _few_features(A):
     "Is the Frobenius form cheaper? It takes 3V(V-1)/2 products of (d, d, K), Gram 2V of (K, K, d)"
     V,K,d = A.shape
@@ -55,6 +55,10 @@ def _hsic(weights):
     G = (A @ A.mT).flatten(1)
     return 2*(G @ G.T).triu(1).sum()
 
+def _pairs(A): return combinations(range(len(A)), 2)
+def _dot(a, b): return torch.dot(a.flatten(), b.flatten())
+
+# %% ../../nbs/losses/71_em_softmax.ipynb #845f5bd1
 class _HSIC(torch.autograd.Function):
     "The same with its gradient by hand"
     @staticmethod
@@ -84,9 +88,7 @@ class _HSIC(torch.autograd.Function):
             for v,G in enumerate(products): torch.mm(total-G, A[v], out=out[v])
         return out.mul_(4*grad)
 
-def _pairs(A): return combinations(range(len(A)), 2)
-def _dot(a, b): return torch.dot(a.flatten(), b.flatten())
-
+# %% ../../nbs/losses/71_em_softmax.ipynb #46adc5d7
 @full_precision
 def hsic(
     weights:Tensor, # The weights of the heads, shape (heads, classes, d)
@@ -101,7 +103,7 @@ def hsic(
     value = _HSIC.apply(weights) if by_hand() else _hsic(weights)
     return (value + value.detach())/2 if detach_others else value
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #8ebff633
+# %% ../../nbs/losses/71_em_softmax.ipynb #3efb1d78
 @full_precision
 def em_softmax_loss(
     # Logits of all heads, shape (batch, heads*classes), one head after the other
@@ -133,7 +135,7 @@ def _diversity(weights, lam, detach_others):
     # $\frac{\lambda}{2V}\,\Omega$
     return lam/(2*len(weights))*hsic(weights, detach_others)
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #074e00c0
+# %% ../../nbs/losses/71_em_softmax.ipynb #da2a3439
 def contrasts(
     n_heads:int, # Number of heads V
     like:Tensor, # Of the dtype and on the device that are wanted
@@ -144,6 +146,7 @@ def contrasts(
     for k in range(1, n_heads): basis[k,k-1] = -k
     return basis/torch.linalg.vector_norm(basis, dim=0)
 
+# %% ../../nbs/losses/71_em_softmax.ipynb #0c395bc1
 def stacked(
     # Mean of the heads' weights, shape (classes, d), or of their biases, shape (classes,)
     mean:Tensor,
@@ -155,6 +158,7 @@ def stacked(
     rows = torch.addmm(mean.reshape(1, -1), contrasts(V, mean), offsets.reshape(V-1, mean.numel()))
     return rows.view(V, *mean.shape)
 
+# %% ../../nbs/losses/71_em_softmax.ipynb #b20f5c29
 class EMSoftmaxHead(Head):
     "Linear classifiers around their mean fc; in training also what the loss needs"
     def __init__(self,
@@ -197,7 +201,7 @@ class EMSoftmaxHead(Head):
         weights = dict(mean_weight=weight.view_as(weight), offsets=offsets)
         return dict(logits=logits, head_logits=head_logits, **weights)
 
-# %% ../../nbs/losses/71_em_softmax.ipynb #deaf76bc
+# %% ../../nbs/losses/71_em_softmax.ipynb #cf6ddebd
 class EMSoftmaxLoss(DiscLoss):
     "Soft margin loss of several linear classifiers, plus lam/(2*n_heads) times their HSIC"
     hypers = dict(em_softmax_hypers, n_heads=Number(1, whole=True, search=(1, 4)))

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['distance_metrics', 'soft_nn_hypers', 'soft_nn_loss', 'entanglement', 'Temperature', 'SoftNNHead', 'SoftNNLoss']
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #4ab2ce5d
+# %% ../../nbs/losses/61_soft_nn.ipynb #6497b378
 import math
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ from ..core import (Choice, DiscLoss, Number, check_hparams, check_inputs,
 from ..heads import LinearHead, by_hand, differentiable_grads
 from ..heads import squared_distances, unit
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #44bd4aa1
+# %% ../../nbs/losses/61_soft_nn.ipynb #e18550c6
 distance_metrics = 'euclidean', 'cosine'
 
 soft_nn_hypers = dict(
@@ -37,6 +37,7 @@ def _in_units(temperature, d, relative):
     u = d.sum()/max(len(d)*(len(d)-1), 1)
     return temperature*torch.where(u > torch.finfo(d.dtype).tiny, u, 1)
 
+# %% ../../nbs/losses/61_soft_nn.ipynb #efd1a9fc
 def _losses(d, targ, temperature):
     "One loss per row, from the distances of samples to all; row i belongs to sample i"
     n, m = d.shape
@@ -55,6 +56,7 @@ def _losses(d, targ, temperature):
     def log_sum(keep): return s.masked_fill(~(keep | alone), -torch.inf).logsumexp(1)
     return torch.where(alone[:,0], 0, log_sum(~me) - log_sum(same))
 
+# %% ../../nbs/losses/61_soft_nn.ipynb #544faf81
 class _SoftNN(torch.autograd.Function):
     "The same with its gradient by hand, in fewer passes than autograd's"
     @staticmethod
@@ -94,6 +96,7 @@ class _SoftNN(torch.autograd.Function):
 def _row_losses(d, targ, temperature):
     return (_SoftNN.apply if by_hand() else _losses)(d, targ, temperature)
 
+# %% ../../nbs/losses/61_soft_nn.ipynb #0ead55e4
 @full_precision
 def soft_nn_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -114,7 +117,7 @@ def soft_nn_loss(
     losses = _row_losses(d, targ, _in_units(temperature, d, relative))
     return reduce_losses(losses, reduction)
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #b0521db8
+# %% ../../nbs/losses/61_soft_nn.ipynb #6d7c4723
 @torch.no_grad()
 @full_precision
 def entanglement(
@@ -132,7 +135,7 @@ def entanglement(
     best, i = torch.stack(means).min(0)
     return best, ts[i]
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #92035a5d
+# %% ../../nbs/losses/61_soft_nn.ipynb #97163892
 class Temperature(nn.Module):
     "A positive number that is learned: `initial * exp(speed*bias)`"
     def __init__(self,
@@ -146,6 +149,7 @@ class Temperature(nn.Module):
     def forward(self): return self.initial*full_precision(torch.exp)(self.speed*self.bias)
     def extra_repr(self): return f'initial={self.initial}, speed={self.speed}'
 
+# %% ../../nbs/losses/61_soft_nn.ipynb #f6afca32
 class SoftNNHead(LinearHead):
     "A linear classifier with a learned temperature; in training logits, feats and temperature"
     def __init__(self,
@@ -166,7 +170,7 @@ class SoftNNHead(LinearHead):
         if not self.training: return logits
         return dict(logits=logits, feats=feats, temperature=self.temperature())
 
-# %% ../../nbs/losses/61_soft_nn.ipynb #0d435922
+# %% ../../nbs/losses/61_soft_nn.ipynb #34c8fe23
 class SoftNNLoss(DiscLoss):
     "Cross-entropy plus lam times soft nearest neighbour loss, with a learned temperature"
     hypers = dict(soft_nn_hypers,
