@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['cc_modes', 'cc_hypers', 'cc_loss', 'ChannelAttentionHead', 'CCLoss']
 
-# %% ../../nbs/losses/60_cc.ipynb #f8771b62
+# %% ../../nbs/losses/60_cc.ipynb #c3eca14f
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..core import (Choice, DiscLoss, Head, Number, check_hparams, check_inputs,
     full_precision, gather_samples, reduce_losses)
 from ..heads import distances
 
-# %% ../../nbs/losses/60_cc.ipynb #2fa4a357
+# %% ../../nbs/losses/60_cc.ipynb #7c6ab174
 cc_modes = 'difference', 'ratio', 'hinge'
 
 cc_hypers = dict(
@@ -30,6 +30,7 @@ def _pairs(a, targ, f):
     own = (targ[:,None] == targ).to(a.dtype)
     return torch.linalg.vecdot(near, own), torch.linalg.vecdot(far, 1-own), own.sum(1)
 
+# %% ../../nbs/losses/60_cc.ipynb #3e642c4a
 def _moments(a, targ, n_out):
     "The same for squared distances, from the means and variances of classes"
     if n_out is None: n_out = int(targ.max())+1
@@ -42,6 +43,7 @@ def _moments(a, targ, n_out):
     same = n[targ]*own + class_sum(own)[targ]
     return same, len(a)*all_ + all_.sum() - same, n[targ]
 
+# %% ../../nbs/losses/60_cc.ipynb #1580dcd1
 @full_precision
 def cc_loss(
     # One attention vector for each sample, shape (batch, channels), floating point, in [0, 1]
@@ -66,6 +68,7 @@ def cc_loss(
     losses = _cc_losses(attention, targ.long(), mode, margin, squared, n_out, eps, sums)
     return reduce_losses(losses, reduction)
 
+# %% ../../nbs/losses/60_cc.ipynb #1473818b
 def _cc_losses(attention, targ, mode, margin, squared, n_out, eps, sums):
     "One loss per sample, from the pairs of all samples given"
     N = len(targ)
@@ -87,7 +90,7 @@ def _cc_losses(attention, targ, mode, margin, squared, n_out, eps, sums):
     if mode == 'hinge': return intra + inter
     return intra/torch.where((N-n).sum() > 0, inter.mean()+eps, 1)
 
-# %% ../../nbs/losses/60_cc.ipynb #f3359914
+# %% ../../nbs/losses/60_cc.ipynb #b2c03eb4
 class ChannelAttentionHead(Head):
     "A linear classifier with a squeeze-and-excitation branch; in training logits and attention"
     def __init__(self,
@@ -123,6 +126,7 @@ class ChannelAttentionHead(Head):
         logits = self.fc(feats*att.to(feats.dtype) if self.rescale else feats)
         return dict(logits=logits, attention=att) if self.training else logits
 
+# %% ../../nbs/losses/60_cc.ipynb #6288c95f
 class CCLoss(DiscLoss):
     "Cross-entropy plus lam times distances of the attention that the ChannelAttentionHead gives"
     hypers = dict(cc_hypers,
