@@ -11,7 +11,7 @@ from ..core import Choice, Number, all_sum, check_hparams, full_precision, reduc
 from ..heads import own_distances
 from .center import CenterLoss, squared_center_distance
 
-# %% ../../nbs/losses/20_sigma2r.ipynb #f7acd2ff
+# %% ../../nbs/losses/20_sigma2r.ipynb #1aae0c0b
 shifts = dict(relative=1., absolute=0.) # With their default turning points
 
 sigma2r_hypers = dict(
@@ -21,6 +21,21 @@ sigma2r_hypers = dict(
     detach_weight=Choice((False, True)),
 )
 
+# %% ../../nbs/losses/20_sigma2r.ipynb #88668ce9
+def _weighted(r, slope, shift, tau, detach_weight):
+    "Squared distances, times a sigmoid of themselves"
+    if tau is None: tau = shifts[shift]
+    # $\nu$, constant: the mean of $r$ over the batch, in all processes
+    unit = 1.
+    if shift == 'relative':
+        total, n = all_sum(torch.stack([r.detach().sum(), r.new_full((), len(r))]))
+        unit = (total/n).clamp_min(torch.finfo(r.dtype).tiny)
+    # $\operatorname{sig}(s\,(r_i/\nu-\tau))$
+    factor = torch.sigmoid(slope*(r/unit - tau))
+    if detach_weight: factor = factor.detach()
+    return factor*r
+
+# %% ../../nbs/losses/20_sigma2r.ipynb #e2bf83d7
 @full_precision
 def sigma2r_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -34,24 +49,11 @@ def sigma2r_loss(
 ) -> Tensor: # A scalar, or shape (batch,)
     "Squared distance to the class center, times a sigmoid of itself"
     check_hparams(sigma2r_hypers, slope=slope, shift=shift, tau=tau, detach_weight=detach_weight)
-    # $d_i = \lVert x_i-c_{y_i}\rVert^2$
-    d = squared_center_distance(feats, targ, centers)
-    return reduce_losses(_weighted(d, slope, shift, tau, detach_weight), reduction)
+    # $r_i = \lVert x_i-c_{y_i}\rVert^2$
+    r = squared_center_distance(feats, targ, centers)
+    return reduce_losses(_weighted(r, slope, shift, tau, detach_weight), reduction)
 
-def _weighted(d, slope, shift, tau, detach_weight):
-    "Squared distances, times a sigmoid of themselves"
-    if tau is None: tau = shifts[shift]
-    # $\nu$, constant: the mean of $d$ over the batch, in all processes
-    unit = 1.
-    if shift == 'relative':
-        total, n = all_sum(torch.stack([d.detach().sum(), d.new_full((), len(d))]))
-        unit = (total/n).clamp_min(torch.finfo(d.dtype).tiny)
-    # $\operatorname{sig}(s\,(d_i/\nu-\tau))$
-    factor = torch.sigmoid(slope*(d/unit - tau))
-    if detach_weight: factor = factor.detach()
-    return factor*d
-
-# %% ../../nbs/losses/20_sigma2r.ipynb #435080a8
+# %% ../../nbs/losses/20_sigma2r.ipynb #4f6bd7a4
 class Sigma2RLoss(CenterLoss):
     "Cross-entropy plus lam times σ²R; the class centers live in the CenterHead"
     hypers = CenterLoss.hypers | sigma2r_hypers
@@ -71,6 +73,7 @@ class Sigma2RLoss(CenterLoss):
 
     @property
     def separable(self): return self.shift == 'absolute' or self.slope == 0
+
     def center_term(self, feats, targ, centers):
-        d = own_distances(feats, centers, targ)
-        return _weighted(d, self.slope, self.shift, self.tau, self.detach_weight)
+        r = own_distances(feats, centers, targ)
+        return _weighted(r, self.slope, self.shift, self.tau, self.detach_weight)
