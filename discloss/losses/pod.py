@@ -6,12 +6,11 @@ __all__ = ['corr_reductions', 'norm_sources', 'pod_hypers', 'norm_adaptive_cosin
 
 # %% ../../nbs/losses/41_pod.ipynb #87704de0
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Choice, DiscLoss, Number, all_sum, check_hparams
 from ..core import full_precision, gather_samples, reduce_losses
-from ..heads import by_hand, differentiable_grads, own_distances
+from ..heads import by_hand, differentiable_grads, square_norm
 from .pedcc import PEDCCHead, check_centroids, from_centroid
 from .pedcc import pedcc_hypers
 
@@ -40,13 +39,55 @@ def norm_adaptive_cosine_loss(
     "Squared cosine distance to the centroid, with delta as one more coordinate"
     check_centroids(feats, targ, centroids)
     check_hparams(pod_hypers, delta=delta)
-    # $R_i^2 = \lVert x_i\rVert^2+\delta^2$
-    square = torch.linalg.vecdot(feats, feats)[:,None] + delta**2
-    inv = torch.where(square > 0, square, 1).rsqrt()
+    return _norm_adaptive(feats, _own_rows(centroids, targ, feats), delta)
+
+def _own_rows(
+    centroids:Tensor, # Class centroids, shape (classes, d)
+    targ:Tensor, # Class indices, shape (batch,)
+    feats:Tensor, # For the dtype
+) -> Tensor: # Shape (batch, d)
+    "The centroid of each sample's class"
+    return centroids.index_select(0, targ.long()).to(feats.dtype)
+
+def _norm_adaptive(feats, own, delta):
+    free = isinstance(delta, Tensor) and delta.requires_grad
+    if free or not by_hand(): return _by_autograd(feats, own, delta)
+    return _NormAdaptive.apply(feats, own, delta)
+
+def _inverse_length(feats, delta):
+    # $1/R_i$ with $R_i^2 = \lVert x_i\rVert^2+\delta^2$
+    square = square_norm(feats)[:,None] + delta**2
+    return torch.where(square > 0, square, 1).rsqrt()
+
+def _by_autograd(feats, own, delta):
+    "In plain formulas"
+    inv = _inverse_length(feats, delta)
     # $1-u_i=\frac12\big(\lVert x_i/R_i-a_{y_i}\rVert^2+\delta^2/R_i^2\big)$
-    away = own_distances(feats*inv, centroids, targ.long())
-    away = away + (delta*inv[:,0]).square()
+    away = (feats*inv-own).square().sum(1) + (delta*inv[:,0]).square()
     return (away/2).square()
+
+class _NormAdaptive(torch.autograd.Function):
+    "The same with its gradient by hand"
+    @staticmethod
+    def forward(ctx, feats, own, delta):
+        inv = _inverse_length(feats, delta)
+        hat = feats*inv
+        away = own-hat
+        gap = (square_norm(away)[:,None] + (delta*inv).square())/2
+        ctx.delta = delta
+        ctx.save_for_backward(feats, own, inv, hat, away, gap)
+        return gap.square()[:,0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        feats, own, inv, hat, away, gap = ctx.saved_tensors
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            value = _by_autograd(feats, own, ctx.delta)
+            return *differentiable_grads(value, (feats, own), grad), None
+        # $-2(1-u_i)\,(a_{y_i}-u_i\,x_i/R_i)/R_i$, where $a-u\hat x=(a-\hat x)+(1-u)\hat x$
+        factor = (2*grad)[:,None]*gap
+        d_own = away*factor if ctx.needs_input_grad[1] else None
+        return torch.addcmul(away, hat, gap).mul_(-factor*inv), d_own, None
 
 # %% ../../nbs/losses/41_pod.ipynb #c889a6a4
 def _off_diagonal(v):
@@ -83,8 +124,11 @@ def correlation_loss(
 ) -> Tensor: # A scalar, at least 0; 0 for one sample
     "Squared covariances between coordinates of the deviations from the centroids"
     check_hparams(pod_hypers, corr_reduction=corr_reduction)
+    return _correlation(from_centroid(feats, targ, centroids), corr_reduction)
+
+def _correlation(away, corr_reduction):
     # $v_i=\hat x_i-a_{y_i}$
-    v, = gather_samples(from_centroid(feats, targ, centroids))
+    v, = gather_samples(away)
     n, d = v.shape
     off = (_OffDiagonal.apply if by_hand() else _off_diagonal)(v).relu()
     # A single sample has no covariance
@@ -188,8 +232,10 @@ class PODLoss(DiscLoss):
     def head(self, n_in, n_out):
         return PODHead(n_in, n_out, self.delta0, self.scale, self.embed, self.spread)
 
-    def loss(self, feats, centroids, delta, targ):
-        settings = delta, self.lam, self.corr_reduction
-        return pod_loss(feats, targ, centroids, *settings, reduction='none')
+    def loss(self, feats, directions, centroids, delta, targ):
+        own = _own_rows(centroids, targ, feats)
+        losses = _norm_adaptive(feats, own, delta)
+        if self.lam == 0: return losses
+        return losses + self.lam*_correlation(directions-own, self.corr_reduction)
     def track(self, feats, centroids, norms, targ):
         count_norms(norms, feats, centroids, self.norm_source)
