@@ -4,7 +4,7 @@
 __all__ = ['prune_methods', 'Stage', 'find_stages', 'chain_ends', 'count_ops', 'cost_table', 'loss_weights', 'taylor_importance',
            'lasso_problem', 'ChannelLasso', 'least_squares', 'calibration_batches', 'prune']
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0006
+# %% ../nbs/pruning/60_cpli.ipynb #e2325e18
 import hashlib, io, operator, sys, time
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import Head, check_inputs
 from .store import write_whole
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0016
+# %% ../nbs/pruning/60_cpli.ipynb #0aebb2f8
 @dataclass(frozen=True)
 class Stage:
     "Channels that can go: `producer` gives them, and only `consumer` reads them"
@@ -45,6 +45,8 @@ class Stage:
     def __str__(self): return f'{self.producer} -> {self.consumer}'
     def layer(self, model): return model.get_submodule(self.consumer)
 
+# %% ../nbs/pruning/60_cpli.ipynb #45dcae51
+#| code-fold: true
 _read_sizes = 'in_channels', 'in_features'
 _given_sizes = 'out_channels', 'out_features', 'num_features', 'num_parameters'
 
@@ -68,6 +70,7 @@ def _select(m, keep, dim, channels):
             if whole: setattr(o, k, size//channels*len(keep))
     return m
 
+# %% ../nbs/pruning/60_cpli.ipynb #e96d35e8
 @patch
 def shrink(self:Stage,
     model:nn.Module, # Changed in place
@@ -81,6 +84,7 @@ def shrink(self:Stage,
         _select(model.get_submodule(gives), keep, 0, self.channels)
     _select(self.layer(model), keep, 1, self.channels)
 
+# %% ../nbs/pruning/60_cpli.ipynb #ecdecba7
 @patch
 def silence(self:Stage,
     model:nn.Module, # Changed in place
@@ -92,7 +96,8 @@ def silence(self:Stage,
             w = model.get_submodule(name).weight
             w.view(len(w), self.channels, -1)[:,list(gone)] = 0
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0021
+# %% ../nbs/pruning/60_cpli.ipynb #4b207132
+#| code-fold: true
 class _Tracer(fx.Tracer):
     "Layers stay whole, and so does what holds only vectors or nothing: norms, activations"
     def is_leaf_module(self, m, name):
@@ -253,6 +258,8 @@ def _is_number(n):
     "A step that gives no tensor, as `x.shape` and `x.size(0)`"
     return n.op != 'output' and n.meta['shape'] is None and isinstance(n.meta['value'], _numbers)
 
+# %% ../nbs/pruning/60_cpli.ipynb #0abddebc
+#| code-fold: true
 def _check_model(model):
     if not isinstance(model, nn.Module):
         got = type(model).__name__
@@ -285,6 +292,7 @@ def _evaluating(model):
     finally:
         for m,t in modes.items(): m.training = t
 
+# %% ../nbs/pruning/60_cpli.ipynb #41b56b9c
 def _look(model, x):
     "All stages, and where the other convolutions' channels stop being separate"
     _check_model(model)
@@ -311,6 +319,7 @@ def _look(model, x):
                          "its forward reads them in a way that cannot be seen")
     return stages, ends
 
+# %% ../nbs/pruning/60_cpli.ipynb #acc95fc6
 def find_stages(
     model:nn.Module, # Any model that torch.fx can follow; it is not changed
     x:Tensor, # Images, as the model takes them
@@ -321,6 +330,7 @@ def find_stages(
     where = '; '.join(f'those of {k} end at {v}' for k,v in list(ends.items())[:5])
     raise ValueError(f"{type(model).__name__} has no channels to prune: {where}")
 
+# %% ../nbs/pruning/60_cpli.ipynb #fe35cabe
 def chain_ends(
     model:nn.Module, # As for `find_stages`
     x:Tensor, # As for `find_stages`
@@ -328,7 +338,7 @@ def chain_ends(
     "Why the other convolutions keep all channels: an addition, several readers, ..."
     return _look(model, x)[1]
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0025
+# %% ../nbs/pruning/60_cpli.ipynb #960b7dff
 def count_ops(
     model:nn.Module, # Any model
     x:Tensor, # Images, as the model takes them; one is used
@@ -339,6 +349,7 @@ def count_ops(
     parameters = sum(p.numel() for p in model.parameters())
     return dict(parameters=parameters, multiply_adds=counter.get_total_flops()//2)
 
+# %% ../nbs/pruning/60_cpli.ipynb #c1a04084
 def _seconds(model, x):
     if x.is_cuda: torch.cuda.synchronize()
     start = time.perf_counter()
@@ -353,6 +364,7 @@ def _accuracy(model, batches):
         total += len(y)
     return right/total
 
+# %% ../nbs/pruning/60_cpli.ipynb #57effd7c
 def cost_table(
     dls, # fastai `DataLoaders`; accuracy is that of `dls.valid`
     **models:nn.Module, # Any models, by the names of the rows
@@ -371,7 +383,7 @@ def cost_table(
             rows.append({**count_ops(m, x), **worth})
     return pd.DataFrame(rows, index=list(models))
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0028
+# %% ../nbs/pruning/60_cpli.ipynb #ca295a43
 def loss_weights(
     grad:Tensor, # Gradient of the summed cross-entropy with respect to the features, shape (n, d)
     mu:float=1., # Weight of a feature that the loss does not mind, positive
@@ -381,6 +393,7 @@ def loss_weights(
     size = grad.square().mean().sqrt().clamp_min(torch.finfo(grad.dtype).tiny) # $\bar g$
     return mu + (grad.abs()/size).clamp_max(clip) # $a_{so} = \mu + \min(|g_{so}|/\bar g, \kappa)$
 
+# %% ../nbs/pruning/60_cpli.ipynb #22deac10
 def taylor_importance(
     acts:Tensor, # Activations, shape (batch, channels, ...)
     grad:Tensor, # Gradient of the summed loss with respect to them, of the same shape
@@ -390,7 +403,7 @@ def taylor_importance(
     if product.ndim > 2: product = product.flatten(2).mean(2)
     return product.abs()
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0033
+# %% ../nbs/pruning/60_cpli.ipynb #11433400
 def lasso_problem(
     X:Tensor, # What the consumer sees, shape (n, channels, k): `k` inputs for each channel
     W:Tensor, # The weights of the consumer, shape (d, channels, k)
@@ -413,6 +426,7 @@ def lasso_problem(
         G, q = G + Z@Z.T/n, q + Z@t/n
     return G, q
 
+# %% ../nbs/pruning/60_cpli.ipynb #4cf374a2
 class ChannelLasso:
     "LASSO on normal equations: `beta(lam)` minimises ½βᵀGβ - qᵀβ + lam·|β|₁"
     def __init__(self,
@@ -457,7 +471,7 @@ class ChannelLasso:
         order = np.lexsort((-self.scale, -np.abs(b)*self.scale))
         return np.sort(order[:n_keep]).tolist(), b, lam
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0038
+# %% ../nbs/pruning/60_cpli.ipynb #15369071
 def least_squares(
     X:Tensor, # Shape (n, m)
     R:Tensor, # What is missing, shape (n, d)
@@ -492,7 +506,7 @@ def least_squares(
         p = z + rz/old.clamp_min(1e-300)*p
     return X.T@V/n if wide else V
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0042
+# %% ../nbs/pruning/60_cpli.ipynb #bf7f549a
 def calibration_batches(
     dls, # fastai `DataLoaders`
     n_images:int|None=None, # How many images; None: 1,000, or all if there are fewer
@@ -515,6 +529,8 @@ def calibration_batches(
         raise ValueError("dls must give batches of (images, labels)")
     return [tuple(o.as_subclass(Tensor) for o in b) for b in batches]
 
+# %% ../nbs/pruning/60_cpli.ipynb #4370bf2a
+#| code-fold: true
 def _to(batch, like):
     "Images on the device and in the precision of `like`, labels on its device"
     x, y = (o.as_subclass(Tensor) for o in batch)
@@ -549,6 +565,7 @@ def _importance(acts, grad, channels):
     acts, grad = (t.detach().float().reshape(len(t), channels, -1) for t in (acts, grad))
     return taylor_importance(acts, grad)
 
+# %% ../nbs/pruning/60_cpli.ipynb #5b7075b3
 @patch
 def observe(self:Stage,
     target:nn.Module, # The original network, in evaluation
@@ -593,6 +610,7 @@ def observe(self:Stage,
     if x.device.type != 'mps': return seen
     return {k: v.cpu() for k,v in seen.items()} # No float64 there
 
+# %% ../nbs/pruning/60_cpli.ipynb #92315d87
 def _fold_twins(X, W):
     "The first of several equal channels takes over the weights of the others"
     x = X[:512].transpose(0, 1).flatten(1).double()
@@ -616,6 +634,7 @@ def constant(self:Stage, model):
     if self.layer(model).bias is not None: return self.layer(model).bias, 1
     return self.norm and (model.get_submodule(self.norm).running_mean, -1)
 
+# %% ../nbs/pruning/60_cpli.ipynb #bc58183e
 @patch
 def select(self:Stage,
     model:nn.Module, # The network as pruned so far; equal channels are folded into one
@@ -643,6 +662,7 @@ def select(self:Stage,
         return ChannelLasso(*problem).select(n_keep)
     return score.topk(n_keep).indices.sort().values.tolist(), score, None
 
+# %% ../nbs/pruning/60_cpli.ipynb #9920191f
 @patch
 def repair(self:Stage,
     model:nn.Module, # The network, with the other channels taken out; changed in place
@@ -667,7 +687,7 @@ def repair(self:Stage,
             if place: place[0].add_(place[1]*V[-1].to(place[0]))
     return {**told, 'error': (R.square().sum()/size).item()}
 
-# %% ../nbs/pruning/60_cpli.ipynb #cpli0047
+# %% ../nbs/pruning/60_cpli.ipynb #be61da43
 prune_methods = 'cpli', 'he', 'taylor', 'magnitude'
 
 def prune(
@@ -726,6 +746,8 @@ def prune(
         print(table.to_string(float_format='{:.4g}'.format))
     return _like(learn, small) if isinstance(learn, Learner) else small
 
+# %% ../nbs/pruning/60_cpli.ipynb #b8a162ff
+#| code-fold: true
 def _unwrap(model, dls):
     if isinstance(model, Learner): return model.model, dls or model.dls
     if dls is None:
@@ -749,6 +771,8 @@ def _progress(todo, show):
             yield s
     return commented()
 
+# %% ../nbs/pruning/60_cpli.ipynb #7a33bd5a
+#| code-fold: true
 def _stays_next(seen, following, keep):
     "1 for outputs that the next stage is foretold to keep, 0 for the others"
     top = seen['next'].mean(0).topk(keep[following.producer]).indices
@@ -788,6 +812,8 @@ def _check_keep(ratio, channels):
         if not (isinstance(n, int) and 1 <= n <= channels[k]):
             raise ValueError(f"stage {k} must keep 1 to {channels[k]} channels, got {n}")
 
+# %% ../nbs/pruning/60_cpli.ipynb #e03613b5
+#| code-fold: true
 def _check_args(method, mu, clip, n_points, ridge, checkpoint):
     if method not in prune_methods:
         raise ValueError(f"method must be one of {prune_methods}, got {method!r}")
@@ -822,6 +848,8 @@ def _check_data(model, stages, batches, n_points, fits):
                              f"({images} images x {points[s]} positions): "
                              f"give n_images={-(-s.channels//points[s])} or more")
 
+# %% ../nbs/pruning/60_cpli.ipynb #4ed84985
+#| code-fold: true
 def _fingerprint(model, batches, args):
     h = hashlib.sha256(repr(args).encode())
     tensors = [*model.state_dict().items(), *((i,o) for i,b in enumerate(batches) for o in b)]
