@@ -240,7 +240,6 @@ def _repr_html_(self:FeatureFilm): return self.film().html() if self.frames else
 def _repr_png_(self:FeatureFilm): return self.film().still().png() if self.frames else None
 
 # %% ../nbs/22_callbacks.ipynb #a61c4d66
-#| code-fold: true
 _page = '''<div id="ID" class="discloss-film"><style>
 #ID .panels { display: flex; flex-wrap: wrap; gap: 12px; }
 #ID figure { margin: 0; width: 260px; max-width: 100%; }

@@ -46,7 +46,6 @@ class Stage:
     def layer(self, model): return model.get_submodule(self.consumer)
 
 # %% ../nbs/pruning/60_cpli.ipynb #45dcae51
-#| code-fold: true
 _read_sizes = 'in_channels', 'in_features'
 _given_sizes = 'out_channels', 'out_features', 'num_features', 'num_parameters'
 
@@ -97,7 +96,6 @@ def silence(self:Stage,
             w.view(len(w), self.channels, -1)[:,list(gone)] = 0
 
 # %% ../nbs/pruning/60_cpli.ipynb #4b207132
-#| code-fold: true
 class _Tracer(fx.Tracer):
     "Layers stay whole, and so does what holds only vectors or nothing: norms, activations"
     def is_leaf_module(self, m, name):
@@ -259,7 +257,6 @@ def _is_number(n):
     return n.op != 'output' and n.meta['shape'] is None and isinstance(n.meta['value'], _numbers)
 
 # %% ../nbs/pruning/60_cpli.ipynb #0abddebc
-#| code-fold: true
 def _check_model(model):
     if not isinstance(model, nn.Module):
         got = type(model).__name__
@@ -530,7 +527,6 @@ def calibration_batches(
     return [tuple(o.as_subclass(Tensor) for o in b) for b in batches]
 
 # %% ../nbs/pruning/60_cpli.ipynb #4370bf2a
-#| code-fold: true
 def _to(batch, like):
     "Images on the device and in the precision of `like`, labels on its device"
     x, y = (o.as_subclass(Tensor) for o in batch)
@@ -747,7 +743,6 @@ def prune(
     return _like(learn, small) if isinstance(learn, Learner) else small
 
 # %% ../nbs/pruning/60_cpli.ipynb #b8a162ff
-#| code-fold: true
 def _unwrap(model, dls):
     if isinstance(model, Learner): return model.model, dls or model.dls
     if dls is None:
@@ -772,7 +767,6 @@ def _progress(todo, show):
     return commented()
 
 # %% ../nbs/pruning/60_cpli.ipynb #7a33bd5a
-#| code-fold: true
 def _stays_next(seen, following, keep):
     "1 for outputs that the next stage is foretold to keep, 0 for the others"
     top = seen['next'].mean(0).topk(keep[following.producer]).indices
@@ -813,7 +807,6 @@ def _check_keep(ratio, channels):
             raise ValueError(f"stage {k} must keep 1 to {channels[k]} channels, got {n}")
 
 # %% ../nbs/pruning/60_cpli.ipynb #e03613b5
-#| code-fold: true
 def _check_args(method, mu, clip, n_points, ridge, checkpoint):
     if method not in prune_methods:
         raise ValueError(f"method must be one of {prune_methods}, got {method!r}")
@@ -849,7 +842,6 @@ def _check_data(model, stages, batches, n_points, fits):
                              f"give n_images={-(-s.channels//points[s])} or more")
 
 # %% ../nbs/pruning/60_cpli.ipynb #4ed84985
-#| code-fold: true
 def _fingerprint(model, batches, args):
     h = hashlib.sha256(repr(args).encode())
     tensors = [*model.state_dict().items(), *((i,o) for i,b in enumerate(batches) for o in b)]
