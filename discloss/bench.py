@@ -65,11 +65,12 @@ def loss_steps(
     "A step for each loss, and one for the linear layer with cross-entropy"
     batch = _batch(n, d, c, dtype, device)
     kinds = {**all_losses(), **variants}
+    # DiscLoss.forward is one function, compiled anew for each loss
+    if mode == 'compiled': torch._dynamo.config.recompile_limit = 4*len(kinds)
     def made(head, loss):
         head = head.to(device, dtype).train()
         if mode == 'whole' and hasattr(head, 'chunked'): head.chunked = False
         if mode != 'compiled': return make_step(head, loss, *batch)
-        torch._dynamo.reset()
         return make_step(torch.compile(head), torch.compile(loss), *batch)
     steps = {baseline: made(nn.Linear(d, c), F.cross_entropy)}
     for name in names:
