@@ -192,8 +192,8 @@ places = dict(
     digits='digits', flowers='flowers', characters='characters',
     noise40='digits with 40% wrong labels', noise20='digits with 20% wrong labels',
     tail='digits with 100 to 1 images a class', few='ten digits a class',
-    cifar100_frozen='frozen features of CIFAR-100', mnist='MNIST', cifar10='CIFAR-10',
-    cifar100='CIFAR-100')
+    cifar100_frozen='frozen features of CIFAR-100', finetuned='fine-tuned flowers',
+    mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100')
 
 def standing(
     label:str, # Label of an entry
