@@ -16,71 +16,6 @@ from ..core import check_inputs, full_precision, many_classes, reduce_losses
 from ..heads import by_hand, cross_entropy_of, differentiable_grads, mean_row
 from ..heads import own_and_others, own_distances, split_logits, square_norm
 
-# %% ../../nbs/losses/42_lgm.ipynb #75832861
-def _check_shapes(feats, means, log_var):
-    "Raise ValueError if means or variances do not fit the features"
-    K, D = len(means), feats.shape[1]
-    if means.shape != (K, D):
-        raise ValueError(f"means must have shape (classes, {D}) like the features, got "
-                         f"{tuple(means.shape)}")
-    if log_var is not None and log_var.shape not in ((K, 1), (K, D)):
-        raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, "
-                         f"got {tuple(log_var.shape)}")
-
-def _unit_gaussians(x, m, prior):
-    # $x^\top\mu_j - \frac12\lVert\mu_j\rVert^2 + \log p(j) - \frac12\lVert x\rVert^2$
-    return F.linear(x, m, prior - square_norm(m)/2).sub_(square_norm(x)[:,None]/2)
-
-class _UnitGaussians(torch.autograd.Function):
-    "The same with its gradient by hand, in fewer passes over the means than autograd's"
-    @staticmethod
-    def forward(ctx, x, m, prior):
-        ctx.save_for_backward(x, m, prior)
-        return _unit_gaussians(x, m, prior)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, m, prior = ctx.saved_tensors
-        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            logits = _unit_gaussians(x, m, prior)
-            return differentiable_grads(logits, (x, m, prior), grad)
-        by_sample, by_class = grad.sum(1)[:,None], grad.sum(0)
-        dx = (grad@m).addcmul_(x, by_sample, value=-1)
-        dm = (grad.T@x).addcmul_(m, by_class[:,None], value=-1)
-        return dx, dm, by_class if ctx.needs_input_grad[2] else None
-
-@full_precision
-def gaussian_logits(
-    feats:Tensor, # Shape (batch, d), floating point
-    means:Tensor, # Class means, shape (classes, d)
-    log_var:Tensor|None=None, # Log variances, (classes, 1) or (classes, d); None: 0
-    log_prior:Tensor|None=None, # Log class priors, shape (classes,); None: left out
-) -> Tensor: # Shape (batch, classes)
-    "Log of prior times density, up to a constant; its softmax is the posterior"
-    _check_shapes(feats, means, log_var)
-    return _score(feats, mean_row(means), *_tables(means, log_var, log_prior))
-
-def _tables(means, log_var, log_prior):
-    "What has a row for each class"
-    prior = means.new_zeros(len(means)) if log_prior is None else log_prior
-    return (means, prior) if log_var is None else (means, prior, log_var)
-
-def _score(feats, shift, means, prior, log_var=None):
-    "The logits of these classes"
-    # Moving all to the mean of the means changes no distance, only rounding errors
-    x, m = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype)
-    prior = prior.to(feats.dtype)
-    if log_var is None:
-        unit = _UnitGaussians.apply if by_hand() else _unit_gaussians
-        return unit(x, m, prior)
-    log_var = log_var.to(feats.dtype)
-    inv = torch.exp(-log_var)
-    x2 = square_norm(x)[:,None] if log_var.shape[1] == 1 else x.square()
-    # $-\frac12\sum_k\mu_{jk}^2/v_{jk} - \frac12\log|\Lambda_j| + \log p(j)$
-    constant = prior - (m*m*inv).sum(1)/2 - log_var.mean(1)*feats.shape[1]/2
-    # $\sum_k x_k\mu_{jk}/v_{jk} - \frac12\sum_k x_k^2/v_{jk}$
-    return F.linear(x, m*inv, constant) - F.linear(x2, inv/2)
-
 # %% ../../nbs/losses/42_lgm.ipynb #20d677cc
 covariances = 'identity', 'isotropic', 'diagonal'
 
@@ -99,7 +34,88 @@ lgm_hypers = dict(
     prior=Other(_check_prior, (None, [0.4, 0.3, 0.1, 0.1, 0.1])),
 )
 
-# %% ../../nbs/losses/42_lgm.ipynb #399eca46
+# %% ../../nbs/losses/42_lgm.ipynb #143331e1
+def _check_shapes(feats, means, log_var):
+    "Raise ValueError if means or variances do not fit the features"
+    K, D = len(means), feats.shape[1]
+    if means.shape != (K, D):
+        raise ValueError(f"means must have shape (classes, {D}) like the features, got "
+                         f"{tuple(means.shape)}")
+    if log_var is not None and log_var.shape not in ((K, 1), (K, D)):
+        raise ValueError(f"log_var must have shape ({K}, 1) or ({K}, {D}) or be None, "
+                         f"got {tuple(log_var.shape)}")
+
+# %% ../../nbs/losses/42_lgm.ipynb #3913b809
+@full_precision
+def gaussian_logits(
+    feats:Tensor, # Shape (batch, d), floating point
+    means:Tensor, # Class means, shape (classes, d)
+    log_var:Tensor|None=None, # Log variances, (classes, 1) or (classes, d); None: 0
+    log_prior:Tensor|None=None, # Log class priors, shape (classes,); None: left out
+) -> Tensor: # Shape (batch, classes)
+    "Log of prior times density, up to a constant; its softmax is the posterior"
+    _check_shapes(feats, means, log_var)
+    return _score(feats, mean_row(means), *_tables(means, log_var, log_prior))
+
+# %% ../../nbs/losses/42_lgm.ipynb #838655af
+def _tables(means, log_var, log_prior):
+    "What has a row for each class"
+    prior = means.new_zeros(len(means)) if log_prior is None else log_prior
+    return (means, prior) if log_var is None else (means, prior, log_var)
+
+# %% ../../nbs/losses/42_lgm.ipynb #39321dbc
+def _score(feats, shift, means, prior, log_var=None):
+    "The logits of these classes"
+    # Moving all to the mean of the means changes no distance, only rounding errors
+    x, m = feats-shift.to(feats.dtype), (means-shift).to(feats.dtype)
+    prior = prior.to(feats.dtype)
+    if log_var is None:
+        unit = _UnitGaussians.apply if by_hand() else _unit_gaussians
+        return unit(x, m, prior)
+    log_var = log_var.to(feats.dtype)
+    inv = torch.exp(-log_var)
+    x2 = square_norm(x)[:,None] if log_var.shape[1] == 1 else x.square()
+    # $-\frac12\sum_k\mu_{jk}^2/v_{jk} - \frac12\log|\Lambda_j| + \log p(j)$
+    constant = prior - (m*m*inv).sum(1)/2 - log_var.mean(1)*feats.shape[1]/2
+    # $\sum_k x_k\mu_{jk}/v_{jk} - \frac12\sum_k x_k^2/v_{jk}$
+    return F.linear(x, m*inv, constant) - F.linear(x2, inv/2)
+
+# %% ../../nbs/losses/42_lgm.ipynb #87ae88b4
+def _unit_gaussians(x, m, prior):
+    # $x^\top\mu_j - \frac12\lVert\mu_j\rVert^2 + \log p(j) - \frac12\lVert x\rVert^2$
+    return F.linear(x, m, prior - square_norm(m)/2).sub_(square_norm(x)[:,None]/2)
+
+# %% ../../nbs/losses/42_lgm.ipynb #f2cada14
+class _UnitGaussians(torch.autograd.Function):
+    "_unit_gaussians with its gradient by hand"
+    @staticmethod
+    def forward(ctx, x, m, prior):
+        ctx.save_for_backward(x, m, prior)
+        return _unit_gaussians(x, m, prior)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, m, prior = ctx.saved_tensors
+        if torch.is_grad_enabled(): # A gradient of the gradient is asked for
+            logits = _unit_gaussians(x, m, prior)
+            return differentiable_grads(logits, (x, m, prior), grad)
+        by_sample, by_class = grad.sum(1)[:,None], grad.sum(0)
+        dx = (grad@m).addcmul_(x, by_sample, value=-1)
+        dm = (grad.T@x).addcmul_(m, by_class[:,None], value=-1)
+        return dx, dm, by_class if ctx.needs_input_grad[2] else None
+
+# %% ../../nbs/losses/42_lgm.ipynb #db79b5ac
+def _own_distance(feats, targ, means, log_var):
+    "Half the squared distance to the own mean, exactly, and half the log determinant"
+    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2$
+    if log_var is None: return own_distances(feats, means, targ)/2, 0.
+    own = means.index_select(0, targ).to(feats.dtype)
+    square = F.mse_loss(feats, own, reduction='none')
+    v = log_var.index_select(0, targ).to(feats.dtype)
+    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2/v_{y_ik}$, and $\frac12\log|\Lambda_{y_i}|$
+    return (square*torch.exp(-v.detach())).sum(1)/2, v.mean(1)*feats.shape[1]/2
+
+# %% ../../nbs/losses/42_lgm.ipynb #c08af5b1
 @full_precision
 def lgm_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -131,16 +147,6 @@ def lgm_loss(
     posterior = cross_entropy_of(own - (alpha*r).to(own.dtype), others)
     # $\mathcal L_{cls}+\lambda\,(r_{y_i}+\frac12\log|\Lambda_{y_i}|)$
     return reduce_losses(posterior + lam*(r+volume), reduction)
-
-def _own_distance(feats, targ, means, log_var):
-    "Half the squared distance to the own mean, exactly, and half the log determinant"
-    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2$
-    if log_var is None: return own_distances(feats, means, targ)/2, 0.
-    own = means.index_select(0, targ).to(feats.dtype)
-    square = F.mse_loss(feats, own, reduction='none')
-    v = log_var.index_select(0, targ).to(feats.dtype)
-    # $\frac12\sum_k(x_{ik}-\mu_{y_ik})^2/v_{y_ik}$, and $\frac12\log|\Lambda_{y_i}|$
-    return (square*torch.exp(-v.detach())).sum(1)/2, v.mean(1)*feats.shape[1]/2
 
 # %% ../../nbs/losses/42_lgm.ipynb #36ddc2f7
 @full_precision
