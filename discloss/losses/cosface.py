@@ -12,9 +12,7 @@ from torch import Tensor
 from ..core import Number, check_hparams
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss, widest_angle
 
-# %% ../../nbs/losses/53_cosface.ipynb #a58325b9
-margin_range = Number(0, 2, search=(0.05, 0.6)) # Two cosines differ by 2 at most
-
+# %% ../../nbs/losses/53_cosface.ipynb #6df8d7a2
 def cosface_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -23,6 +21,9 @@ def cosface_transform(
     "The own cosine less the margin, for gsoftmax_loss"
     # $T_p(u)=u-m$, $T_n(u)=u$
     return pos-margin, neg
+
+# %% ../../nbs/losses/53_cosface.ipynb #4531d47e
+margin_range = Number(0, 2, search=(0.05, 0.6))
 
 def cosface_loss(
     cosine:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -36,7 +37,7 @@ def cosface_loss(
     transform = partial(cosface_transform, margin=margin)
     return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
-# %% ../../nbs/losses/53_cosface.ipynb #aacd65b0
+# %% ../../nbs/losses/53_cosface.ipynb #fd1ee083
 def cosface_margin(
     n_in:int, # Number of features
     n_out:int, # Number of classes
@@ -44,6 +45,7 @@ def cosface_margin(
     "Half of what fits between two class weights, or the usual 0.35 if that is less"
     return min(0.35, (1-math.cos(widest_angle(n_in, n_out)))/2)
 
+# %% ../../nbs/losses/53_cosface.ipynb #1a250db5
 class CosFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines, the own one less a margin; for the CosineHead"
     hypers = dict(
