@@ -15,10 +15,7 @@ from ..core import full_precision, gather_samples, reduce_losses
 from ..heads import by_hand, differentiable_grads, unit
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
-# %% ../../nbs/losses/55_circle.ipynb #5ca506ad
-circle_scale = Number(0, above=True, search=(5., 256.), log=True)
-circle_margin = Number(0, 1, above=True, below=True, search=(0.1, 0.5))
-
+# %% ../../nbs/losses/55_circle.ipynb #1a772485
 def circle_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -29,6 +26,10 @@ def circle_transform(
     pull = (1+margin-pos.detach()).clamp_min(0)
     push = (neg.detach()+margin).clamp_min(0)
     return pull*(pos-(1-margin)), push*(neg-margin)
+
+# %% ../../nbs/losses/55_circle.ipynb #a63b81cc
+circle_scale = Number(0, above=True, search=(5., 256.), log=True)
+circle_margin = Number(0, 1, above=True, below=True, search=(0.1, 0.5))
 
 def circle_loss(
     cosine:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -42,7 +43,7 @@ def circle_loss(
     transform = partial(circle_transform, margin=margin)
     return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
-# %% ../../nbs/losses/55_circle.ipynb #670dca94
+# %% ../../nbs/losses/55_circle.ipynb #8e6027c9
 class CircleLoss(GSoftmaxLoss):
     "Circle loss of class weights; for the CosineHead"
     hypers = dict(GSoftmaxLoss.hypers, margin=circle_margin)
@@ -56,8 +57,7 @@ class CircleLoss(GSoftmaxLoss):
         super().__init__(scale, sample, reduction, weight)
         self.set_hparams(margin=margin)
 
-    # Only the difference of the two counts, so both are higher by $m^2$:
-    # $[u+m]_+(u-m)+m^2=v^2$ with $v=\max(u,-m)$
+    # Both are higher by $m^2$: $[u+m]_+(u-m)+m^2=v^2$ with $v=\max(u,-m)$
     def own(self, u): return circle_transform(u, u, self.margin)[0] + self.margin**2
     def others(self, u): return circle_transform(u, u, self.margin)[1] + self.margin**2
     def scaled_others(self, z, scale):
@@ -65,7 +65,7 @@ class CircleLoss(GSoftmaxLoss):
         v = (z/scale).clamp_min_(-self.margin)
         return (v*v).mul_(scale), v.add_(self.margin)
 
-# %% ../../nbs/losses/55_circle.ipynb #0ce9e9b5
+# %% ../../nbs/losses/55_circle.ipynb #97c06ec9
 def _anchor_losses(u, pos, neg, scale, margin):
     "One loss for each row of cosines; masks tell positives and negatives"
     T_p, T_n = circle_transform(u, u, margin)
@@ -75,6 +75,7 @@ def _anchor_losses(u, pos, neg, scale, margin):
     # $\log(1+e^{\operatorname{LSE}_j sT_n+\operatorname{LSE}_i(-sT_p)})$
     return -F.logsigmoid(-up-down)
 
+# %% ../../nbs/losses/55_circle.ipynb #3274d87d
 class _AnchorLosses(torch.autograd.Function):
     "The same with its gradient by hand, in fewer passes than autograd's"
     @staticmethod
@@ -100,13 +101,14 @@ class _AnchorLosses(torch.autograd.Function):
         grad_u = push*(force/down_sum) - pull*(force/up_sum)
         return grad_u, None, None, None, None
 
+# %% ../../nbs/losses/55_circle.ipynb #2bf3ceb6
 def _softmax_parts(z):
     "Softmax without its denominator, in place; returns denominator and log-sum-exp"
     top = z.amax(1, keepdim=True)
     total = z.sub_(top).exp_().sum(1, keepdim=True)
     return total, top+total.log()
 
-# %% ../../nbs/losses/55_circle.ipynb #3f45b33d
+# %% ../../nbs/losses/55_circle.ipynb #f5948a0b
 class _Gram(torch.autograd.Function):
     "x @ x.T, whose backward pass is one product instead of two"
     @staticmethod
@@ -116,6 +118,7 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return (grad+grad.T)@ctx.saved_tensors[0]
 
+# %% ../../nbs/losses/55_circle.ipynb #145b4925
 @full_precision
 def _pair_losses(feats, targ, scale, margin):
     "One loss for each sample of this process; its pairs are the samples of all processes"
@@ -128,12 +131,13 @@ def _pair_losses(feats, targ, scale, margin):
     f = _AnchorLosses.apply if by_hand() else _anchor_losses
     return _over_anchors(f(u, pos, neg, scale, margin), (pos.any(1) & neg.any(1)).to(u))
 
+# %% ../../nbs/losses/55_circle.ipynb #19509b3f
 def _over_anchors(losses, has):
     "The mean over the batch becomes that over the samples that have a positive and a negative"
     n = all_sum(torch.stack([has.sum(), has.new_tensor(len(has))]))
     return losses*has * (n[1]/n[0].clamp_min(1))
 
-# %% ../../nbs/losses/55_circle.ipynb #739c72b9
+# %% ../../nbs/losses/55_circle.ipynb #8b6acca6
 def circle_pair_loss(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
