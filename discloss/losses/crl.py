@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['crl_hypers', 'nllr_loss', 'crl_loss', 'NLLRLoss', 'CRLLoss']
 
-# %% ../../nbs/losses/70_crl.ipynb #0ec971a4
+# %% ../../nbs/losses/70_crl.ipynb #debfe374
 import math
 
 import torch
@@ -14,7 +14,7 @@ from ..core import (DiscLoss, Number, check_hparams, check_inputs, full_precisio
     reduce_losses)
 from ..heads import split_logits
 
-# %% ../../nbs/losses/70_crl.ipynb #862bfdc1
+# %% ../../nbs/losses/70_crl.ipynb #2d054eae
 @full_precision
 def nllr_loss(
     logits:Tensor, # Shape (batch, classes), floating point, 2 classes or more
@@ -33,6 +33,7 @@ def _odds_against(logits, targ): # The same without a look at the input
     right, wrong = split_logits(logits, targ, shifted=True)
     return wrong-right
 
+# %% ../../nbs/losses/70_crl.ipynb #7041640f
 crl_hypers = dict(
     alpha=Number(0, search=(1., 3.)),
     beta=Number(0, search=(0.1, 3.), log=True),
@@ -60,11 +61,12 @@ def _competing(nllr, alpha, beta):
     # $-\log\operatorname{sig}(s)+\beta\log(\alpha+q)$
     return beta*competing - F.logsigmoid(-nllr)
 
-# %% ../../nbs/losses/70_crl.ipynb #379a5880
+# %% ../../nbs/losses/70_crl.ipynb #005e204c
 class NLLRLoss(DiscLoss):
     "Negative log likelihood ratio of the right class to all others; unbounded below, see `CRLLoss`"
     def loss(self, logits, targ): return _odds_against(logits, targ)
 
+# %% ../../nbs/losses/70_crl.ipynb #d1f46d52
 class CRLLoss(DiscLoss):
     "Competing ratio loss; works with any model, with or without a head"
     hypers = crl_hypers
