@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['angle_range', 'arcface_transform', 'arcface_loss', 'arcface_margin', 'ArcFaceLoss']
 
-# %% ../../nbs/losses/54_arcface.ipynb #03f55c7f
+# %% ../../nbs/losses/54_arcface.ipynb #7849f5f2
 import math
 from functools import partial
 
@@ -14,7 +14,7 @@ from ..core import Choice, Number, check_hparams
 from ..heads import by_hand, differentiable_grads
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss, widest_angle
 
-# %% ../../nbs/losses/54_arcface.ipynb #3e766ff0
+# %% ../../nbs/losses/54_arcface.ipynb #7d7a4cbe
 def _cos_sin(margin):
     if isinstance(margin, Tensor): return margin.cos(), margin.sin()
     return math.cos(margin), math.sin(margin)
@@ -28,7 +28,7 @@ def _turned(u, margin):
     # $u-m\sin m$ beyond $\theta=\pi-m$
     return torch.where(u > -cos_m, turned, u-margin*sin_m)
 
-# %% ../../nbs/losses/54_arcface.ipynb #62f48009
+# %% ../../nbs/losses/54_arcface.ipynb #0fdd9979
 class _Turned(torch.autograd.Function):
     "The same with its slope by hand"
     @staticmethod
@@ -51,7 +51,7 @@ class _Turned(torch.autograd.Function):
             return *differentiable_grads(_turned(u, ctx.margin), (u,), grad), None
         return grad*slope, None
 
-# %% ../../nbs/losses/54_arcface.ipynb #d94af59d
+# %% ../../nbs/losses/54_arcface.ipynb #8e198ad3
 def arcface_transform(
     pos:Tensor, # Cosine to the own class, shape (batch, 1)
     neg:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -80,7 +80,7 @@ def arcface_loss(
     transform = partial(arcface_transform, margin=margin, straight=straight)
     return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
-# %% ../../nbs/losses/54_arcface.ipynb #9d1e74f3
+# %% ../../nbs/losses/54_arcface.ipynb #2402a862
 def arcface_margin(
     n_in:int, # Number of features
     n_out:int, # Number of classes
@@ -88,6 +88,7 @@ def arcface_margin(
     "Half of the widest angle between class weights, or the paper's 0.5 if that is less"
     return min(0.5, widest_angle(n_in, n_out)/2)
 
+# %% ../../nbs/losses/54_arcface.ipynb #49f393c7
 class ArcFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines, the own angle plus a margin; for the CosineHead"
     hypers = dict(
