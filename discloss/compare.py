@@ -19,8 +19,8 @@ from fastprogress.fastprogress import progress_bar
 
 from . import __version__
 from .bodies import bodies
-from .comparison import Comparison, load_outputs, save_comparison, save_outputs
-from .data import fingerprint, image_dls
+from .comparison import Comparison, counted, load_outputs, save_comparison, save_outputs
+from .data import check_data, fingerprint, image_dls
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
                            device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,
                            normalize_for, run_loss, test_loader, threads, versions)
@@ -181,13 +181,14 @@ def _announce(dls, arch, epochs, n_runs, one, frozen):
     "Say what the comparison costs, and what would be shorter"
     where = device_name(_device(dls))
     first = f' after {frozen} for the head alone' if frozen else ''
-    print(f"{n_runs} runs of {epochs} epochs{first} on {len(dls.train.dataset):,} images with "
+    runs, length = counted(n_runs, 'run'), counted(epochs, 'epoch')
+    print(f"{runs} of {length}{first} on {counted(len(dls.train.dataset), 'image')} with "
           f"{arch_name(arch)}: "
           f"about {duration(n_runs*one)} on {where}, from the first batches", flush=True)
     if n_runs*one > 600: print(f"shorter: {', '.join(_shorter(dls))}", flush=True)
     steps = epochs*len(dls.train)
     if steps < 50:
-        print(f"note: a run has only {steps} training steps, most networks need more: "
+        print(f"note: a run has only {counted(steps, 'training step')}, most networks need more: "
               f"raise epochs or make bs smaller", flush=True)
 
 def _shorter(dls):
@@ -364,9 +365,9 @@ def compare(
     **data_kwargs, # Passed on to image_dls: root, n_train, n_eval, valid_pct, size, ...
 ) -> Comparison:
     "Train each loss with each seed under the same conditions; finished runs are not done again"
+    _check_kinds(losses, data, cbs)
     losses, seeds, rates = parse_losses(losses), read_seeds(seeds), read_rates(lr)
     check_budget(epochs=epochs, wd=wd, n_feats=n_feats, bs=bs, threads=n_threads)
-    _check_kinds(data, cbs)
     arch, pretrained = choose_arch(data, arch, pretrained, weights)
     tuned = pretrained or weights is not None
     rates = [default_lr(arch, tuned) if r is None else r for r in rates]
@@ -382,10 +383,8 @@ def compare(
     return _collect(runs, store, dls, command)
 
 # %% ../nbs/07_compare.ipynb #8aecf8d0
-def _check_kinds(data, cbs):
-    if not isinstance(data, (str,Path,DataLoaders)):
-        raise TypeError(f"data must be a name, a folder, or fastai DataLoaders, got "
-                        f"{type(data).__name__}")
+def _check_kinds(losses, data, cbs):
+    check_data(data, losses, 'losses')
     if cbs is not None and (isinstance(cbs, Callback) or not callable(cbs)):
         raise TypeError(f"cbs must be a function that makes callbacks for a loss, since each "
                         f"run needs its own, got {cbs!r}")

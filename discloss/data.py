@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['image_sets', 'data_root', 'load_arrays', 'to_pixels', 'folder_items', 'CropFlip', 'ImageTensors', 'TensorDL',
-           'ImageTensorLoaders', 'channel_stats', 'image_dls', 'labels_of', 'ClassBalancedSampler', 'class_balanced',
-           'fingerprint']
+           'ImageTensorLoaders', 'channel_stats', 'image_dls', 'check_data', 'labels_of', 'ClassBalancedSampler',
+           'class_balanced', 'fingerprint']
 
 # %% ../nbs/03_data.ipynb #b15c9c64
 import difflib, hashlib, inspect, os, random, re, threading, unicodedata
@@ -21,6 +21,7 @@ from types import CodeType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.external import fastai_path
 from fastai.data.load import DataLoader
@@ -249,16 +250,31 @@ def _from_array(o):
             f"([1 or 3,] height, width), got {a.dtype} {tuple(o.shape)}")
     return Image.fromarray(a.squeeze(-1) if a.ndim == 3 and a.shape[-1] == 1 else a)
 
+def _both_sides(size):
+    "Height and width, where one number stands for both"
+    if size is None: return None
+    sides = (size,size) if isinstance(size, Integral) else size
+    whole = isinstance(sides, (tuple,list)) and all(isinstance(s, Integral) for s in sides)
+    if not whole or len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"size must be a whole number, or two of them (height, width), got {size!r}")
+    return tuple(sides)
+
+def _special(path):
+    "A pipe or a socket, say, which would never end"
+    return path.exists() and not path.is_file() and not path.is_dir()
+
 def to_pixels(
     # A path, a PIL image, or uint8 values: array (h, w[, channels]), tensor
     # ([channels,] h, w)
     o:str|Path|Image.Image|np.ndarray|Tensor,
     channels:int=3, # 1 or 3
-    # (height, width), reached by scaling and cutting the borders; None: as it is
-    size:tuple|None=None,
+    # (height, width), or one number for both, reached by scaling and cutting the borders;
+    # None: as it is
+    size:tuple|int|None=None,
 ) -> Tensor: # uint8, shape (channels, height, width)
     "One image as bytes; raises `ValueError` with the file's name if it cannot be read"
-    path = Path(o) if isinstance(o, (str,Path)) else None
+    path, size = Path(o) if isinstance(o, (str,Path)) else None, _both_sides(size)
+    if path and _special(path): raise ValueError(f"{path} is no regular file")
     if isinstance(o, (np.ndarray,Tensor)): o = _from_array(o)
     if path is None and not isinstance(o, Image.Image):
         raise TypeError("an image must be a path, a PIL image, an array or a tensor, "
@@ -283,7 +299,7 @@ def _first(names, n=10):
 
 def _is_large(o, size):
     "Does a file take more than 16 megapixels while it is decoded?"
-    if not isinstance(o, (str,Path)): return False
+    if not isinstance(o, (str,Path)) or _special(Path(o)): return False
     try:
         with Image.open(o) as im:
             _draft(im, size)
@@ -341,7 +357,7 @@ class _Tree:
             folder = Path(folder)
             seen[folder.resolve()] = folder
             files = [folder/f for f in sorted(files) if not _hidden(f)]
-            pictures = [f for f in files if f.suffix.lower() in _suffixes]
+            pictures = [f for f in files if f.suffix.lower() in _suffixes and not _special(f)]
             self.files[folder] = pictures
             below = [folder/d for d in sorted(dirs) if not _hidden(d)]
             links += [d for d in below if d.is_symlink()]
@@ -1005,6 +1021,23 @@ def image_dls(
     npz = path.suffix == '.npz'
     res.name = path.resolve().name if folder else path.stem if npz else str(name)
     return res
+
+# %% ../nbs/03_data.ipynb #19b51ec4
+def check_data(
+    data, # What was given as data
+    loss, # What was given as the loss or losses
+    name:str='loss', # What that argument is called
+): # Raises `TypeError`
+    "Refuse what is no data, and data in the place of the loss"
+    known = isinstance(loss, str) and loss in image_sets
+    if known or isinstance(loss, (Path,DataLoaders,DataBlock)):
+        got = repr(loss) if known else type(loss).__name__
+        raise TypeError(f"first the {name}, then the data: got {got} as {name}")
+    if isinstance(data, DataBlock):
+        raise TypeError("a DataBlock has no data yet: give block.dataloaders(source)")
+    if not isinstance(data, (str,Path,DataLoaders)):
+        raise TypeError(f"data must be a name, a folder, or fastai DataLoaders, got "
+                        f"{type(data).__name__}")
 
 # %% ../nbs/03_data.ipynb #bdbf6004
 def _target_lists(ds):

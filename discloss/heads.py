@@ -155,10 +155,12 @@ class _Roots(torch.autograd.Function):
 def distances(
     x:Tensor, # Shape (n, d), floating point
     z:Tensor, # Shape (m, d)
-) -> Tensor: # Shape (n, m)
+) -> Tensor: # Shape (n, m); infinite in float32 for distances above 1.8e19
     "Distance of each row of x to each row of z; 0, with gradient 0, where rows agree in float32"
     square = squared_distances(x, z)
-    rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(z.detach(), dim=1).amax()
+    info, z = torch.finfo(torch.float32), z.detach()
+    largest = z.abs().amax().clamp(min=info.tiny) # So that no square overflows
+    rounding = info.eps*largest*torch.linalg.vector_norm(z/largest, dim=1).amax()
     return (_Roots.apply if by_hand() else _roots)(square, rounding)
 
 # %% ../nbs/01_heads.ipynb #109229cf

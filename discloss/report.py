@@ -317,7 +317,8 @@ def _results(f):
         cells.append(_median(f.values(k, 'seconds').values(), '.1f'))
         cells.append(_median(f.values(k, 'parameters').values(), ',.0f'))
         rows.append(Tr(*cells, cls=r.status))
-    return Section(H2('Results'), _sortable(_heads(*names), rows), _method(f), id='results')
+    return Section(H2('Results'), _sortable(_heads(*names), rows), _method(f, wins),
+                   id='results')
 
 def _heading(path):
     name = measures[path][0]
@@ -538,7 +539,7 @@ def _time(s):
     return f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
 # %% ../nbs/14_report.ipynb #9ea0a014
-def _method(f):
+def _method(f, wins):
     "How the verdicts are made"
     noise = 'seeds and of test images' if f.by_image else 'seeds'
     said = (f'A difference is that of the test accuracy, seed by seed. '
@@ -548,9 +549,10 @@ def _method(f):
             f'"Equal" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
             'Seeds that would settle a verdict are an estimate for a power of 80%. '
             'Choose their number before you run them.',
-            '± is the standard deviation over seeds. '
-            '★ is better than every other loss in its column by more than the noise; '
+            '± is the standard deviation over seeds.')
+    star = ('★ is better than every other loss in its column by more than the noise; '
             'a loss whose accuracy is far below wins none.')
+    if any(wins.values()): said += (star,)
     return Details(Summary('How to read this'), Ul(*map(Li, said)))
 
 # %% ../nbs/14_report.ipynb #0a4ac4cd

@@ -14,7 +14,8 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 
 from .core import Choice, DiscLoss, Number, Other
-from .data import fingerprint, image_dls
+from .comparison import counted
+from .data import check_data, fingerprint, image_dls
 from .plot import plot_style
 from .runs import arch_name, default_arch, default_lr, loss_learner, Watch
 from .learner import quiet
@@ -165,6 +166,7 @@ def tune(
 ) -> Tuned:
     "Search hyper-parameters, learning rate and weight decay of one loss, on validation images only"
     optuna = _optuna()
+    check_data(data, loss, 'loss')
     loss = parse_loss(loss) if isinstance(loss, str) else loss
     space = search_space(loss, names)
     dls = image_dls(data, **data_kwargs) if isinstance(data, (str,Path)) else data
@@ -189,9 +191,9 @@ def tune(
         except ValueError: return 0. # Settings that do not go together
         return _score(optuna, trial, candidate, seeds, dls, arch, n_feats, epochs, fit)
     _search(study, objective, n_trials, show, label)
-    each = '1 seed' if seeds == 1 else f'{seeds} seeds'
     where = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}"
-    line = f'{where}, {epochs} epochs, {n_trials} trials of {each}'
+    trials = f"{counted(n_trials, 'trial')} of {counted(seeds, 'seed')}"
+    line = f"{where}, {counted(epochs, 'epoch')}, {trials}"
     return Tuned(study, loss, space, line)
 
 # %% ../nbs/23_tune.ipynb #cec3f1c2

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from fastai.vision.all import DataLoaders, Learner
+from fastai.vision.all import DataBlock, DataLoaders, Learner
 from PIL import Image
 from test_matrix import loaders, silent, state, tiny
 
@@ -33,6 +33,7 @@ from discloss.losses.so_softmax import SOSoftmaxLoss
 from discloss.pruning import _save
 from discloss.specs import all_losses
 from discloss.store import append_result, read_results, write_whole
+from discloss.tune import tune
 
 def refusal(f, *says, error=(TypeError, ValueError)):
     "The message of the error that `f` must raise: one sentence or two, with all of `says` in it"
@@ -325,6 +326,13 @@ comparisons = {
     'no batch':                      (lambda t: compare(bs=0), ('bs', 'at least 1', '0')),
     'unknown body':                  (lambda t: compare(arch='resnet99'), ("'resnet99'", 'resnet9')),
     'data that are a number':        (lambda t: compare(data=3), ('data', 'DataLoaders', 'int')),
+    'a data block to compare':       (lambda t: compare('center', DataBlock()), ('.dataloaders(source)',)),
+    'a data block to tune':          (lambda t: tune('center', DataBlock()), ('.dataloaders(source)',)),
+    'data before losses':            (lambda t: compare(loaders(), 'center'), ('first the losses, then the data', 'Loaders')),
+    'a data block before losses':    (lambda t: compare(DataBlock(), 'center'), ('first the losses, then the data', 'DataBlock')),
+    'a folder before losses':        (lambda t: compare(t, 'center'), ('first the losses, then the data',)),
+    'a name of data before losses':  (lambda t: compare('digits', 'center'), ('first the losses, then the data', "'digits'")),
+    'data before the loss to tune':  (lambda t: tune(loaders(), 'center'), ('first the loss, then the data', 'Loaders')),
     'a size for loaders':            (lambda t: compare(data=loaders(), size=3), ('size', 'DataLoaders')),
     'trained weights of a body':     (lambda t: compare(pretrained=True, **quick), ('small_body', 'a file')),
     'weights that are no weights':   (lambda t: (t/'w.pth').write_text('hello') and compare(weights=t/'w.pth', **quick), ('w.pth', 'not a file of weights')),

@@ -156,6 +156,15 @@ def test_star_needs_every_other_loss():
     assert made(a=lead, b=lead, c=bad).starred() == [] # Better than c alone
     assert '*' in made(a=lead, b=good, c=bad).table()['test accuracy']['a'] and '*' not in made(a=lead, b=lead, c=bad).table().to_string()
 
+def test_the_star_is_explained_where_there_is_one():
+    lead, good = [.95,.962,.97], [.94,.95,.96]
+    assert '* better' in made(a=lead, b=good).summary()
+    assert '* better' not in made(a=lead, b=lead).summary()
+
+def test_one_is_no_plural():
+    one = made(a=[.9]).summary()
+    assert '1 epoch, batch' in one and 'seed 0' in one and 'seeds 0' not in one
+
 def test_star_needs_three_seeds_and_more_than_noise():
     assert not better([.99,.99], [.1,.1]) and made(a=[.99,.99], b=[.1,.1]).starred() == [] and made(a=[.99,.5,.9], b=[.9,.6,.85]).starred() == []
 

@@ -1,5 +1,5 @@
 "Folders as people have them, pictures of every kind, files that are damaged, batches of chosen classes, fingerprints, and image sets from `DISCLOSS_DATA`."
-import os, random, shutil, struct, unicodedata, warnings, zipfile, zlib
+import os, random, shutil, socket, struct, unicodedata, warnings, zipfile, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -843,3 +843,32 @@ def test_each_picture_knows_its_file(tmp_path):
         for x,y,file in zip(ds.x, ds.y, ds.files):
             assert Path(file).parent.name == dls.vocab[int(y)]
             assert torch.equal(x, torch.from_numpy(np.array(Image.open(root/file))).permute(2,0,1))
+
+@pytest.mark.parametrize('size', [8.5, (8,8.5), 'x', (8,8,8), 0, -3, (4,0)])
+def test_a_size_that_is_no_size(size):
+    says = refusal(to_pixels, Image.new('L', (8,8)), 1, size)
+    assert 'size must be a whole number' in says and repr(size) in says
+
+def test_one_number_is_the_size_of_both_sides():
+    im = Image.new('L', (9,7))
+    assert to_pixels(im, 1, 5).shape == to_pixels(im, 1, (5,5)).shape == (1,5,5)
+    assert to_pixels(im, 1, np.int64(5)).shape == (1,5,5)
+
+def with_specials(folder):
+    "A pipe and a socket, called like pictures"
+    os.mkfifo(folder/'pipe.png')
+    with socket.socket(socket.AF_UNIX) as s: s.bind(str(folder/'socket.jpg'))
+    return folder/'pipe.png', folder/'socket.jpg'
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='Windows has no such files')
+@pytest.mark.timeout(60)
+def test_pipes_and_sockets_are_no_pictures(tmp_path, monkeypatch):
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(10): Image.new('L', (8,8), 20*i).save(tmp_path/c/f'{i}.png')
+    monkeypatch.chdir(tmp_path/'a') # The path of a socket must be short
+    specials = with_specials(Path('.'))
+    (tmp_path/'b'/'link.png').symlink_to((tmp_path/'a'/'pipe.png').resolve())
+    dls = image_dls(tmp_path, size=8, bs=4)
+    assert sum(len(dl.dataset) for dl in dls.loaders) == 20
+    for special in [*specials, tmp_path/'b'/'link.png']: assert 'is no regular file' in refusal(to_pixels, special)

@@ -1,4 +1,6 @@
 "evaluate, embed and nearest: numbers against scikit-learn and torchmetrics, any model and loader, bounded memory"
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torchmetrics.functional.retrieval import retrieval_average_precision, retri
 
 import discloss.evaluate as module
 from discloss.core import with_head
-from discloss.evaluate import (Evaluation, Verification, embed, evaluate, fit_scores, nearest, retrieval, unknown_table, verification)
+from discloss.evaluate import (Embeddings, Evaluation, Verification, embed, evaluate, fit_scores, nearest, retrieval, unknown_table, verification)
 from discloss.geometry import class_moments, get_features
 from discloss.heads import LinearHead
 from discloss.losses.lgm import LGMLoss
@@ -286,3 +288,10 @@ def test_nearest(photos):
     for query in x, [Image.open(files[0])], learn.dls.valid: nearest(learn, query, 2, gallery=x).plot()
     e = nearest(learn, x, 5, gallery=x, metric='euclidean')
     assert e.index[:,0].tolist() == [0,1,2,3,4] and e.similarity[:,0].tolist() == pytest.approx([0]*5, abs=1e-6)
+
+def test_embeddings_say_what_they_are_in_a_line():
+    feats = torch.zeros(1200, 3)
+    assert repr(Embeddings(feats, None, ['a.png'])) == 'Embeddings(1,200 images, 3 features, no labels)'
+    some = Embeddings(feats, torch.arange(1200) % 7, None)
+    assert '7 classes' in repr(some) and some[0] is some.feats and len(some) == 3
+    assert pickle.loads(pickle.dumps(some)).items is None

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 
+from discloss.heads import distances
 from discloss.specs import all_losses
 
 def features(head, c, d, seed):
@@ -110,3 +111,15 @@ def test_many_classes(name, record_property):
     except ValueError as e:
         assert '100000 points' in str(e) and '16 dimensions' in str(e)
         record_property('errors', {name: {'100,000 classes': str(e)}})
+
+@pytest.mark.parametrize('far', [1e15, 1e18, 3e19, 1e25])
+def test_distances_beyond_the_squares_of_float32_are_infinite_and_never_zero(far):
+    x = torch.tensor([[far,0],[0,far],[0,1]], requires_grad=True)
+    d = distances(x, x.detach().flip(0))
+    want = torch.cdist(x.double(), x.detach().double().flip(0))
+    same = want == 0
+    assert (d[same] == 0).all() and (d[~same] > 0).all()
+    fits = want < 1e19
+    assert torch.allclose(d[fits].double(), want[fits], rtol=1e-5)
+    d.sum().backward()
+    assert x.grad.isfinite().all()

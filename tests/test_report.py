@@ -218,3 +218,10 @@ def test_the_page_in_a_browser(tmp_path):
     assert got['down'] == 'center' and got['up'] != 'center' and got['sorted'] == 'ascending' and got['names'] == 'crossentropy'
     assert got['hit'] == 9 and got['dim'] # points, badge and its text in three panels
     assert got['read'].startswith('a recognised: ') and got['wrong'].startswith('d taken for a: ') and got['wide']
+
+def test_the_star_is_explained_where_there_is_one():
+    from fastcore.xml import to_xml
+    from discloss.report import _method
+    f = SimpleNamespace(by_image=True, margin=.003)
+    path = ('test', 'accuracy')
+    assert '★' in to_xml(_method(f, {path: 'center'})) and '★' not in to_xml(_method(f, {path: None}))

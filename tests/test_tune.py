@@ -50,3 +50,6 @@ def test_a_search_that_ended_does_nothing_more(search):
     search()
     assert len(search.calls) == 6
     assert len(set(settings(search))) == 6
+
+def test_one_is_no_plural(search):
+    assert '1 epoch, 1 trial of 1 seed' in search(1, epochs=1).conditions
