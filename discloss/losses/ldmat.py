@@ -21,7 +21,17 @@ ldmat_hypers = dict(
     momentum=Number(0, 1, above=True),
 )
 
-# %% ../../nbs/losses/30_ldmat.ipynb #58d4ce27
+# %% ../../nbs/losses/30_ldmat.ipynb #ca9c4d63
+def _balance(same, all_targ, dtype):
+    "Weights with which pairs of one class count together as much as pairs of two"
+    n = len(all_targ)
+    n_same = (all_targ[:,None] == all_targ).sum().to(dtype) - n
+    n_differ = n*n - n - n_same
+    # Without pairs of one kind the other counts alone
+    kinds = ((n_same > 0).to(dtype) + (n_differ > 0)).clamp_min(1)
+    return (n*n-n)/(kinds*torch.where(same, n_same, n_differ).clamp_min(1))
+
+# %% ../../nbs/losses/30_ldmat.ipynb #b3f9336b
 @full_precision
 def ldmat_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -50,16 +60,7 @@ def ldmat_loss(
     if balance: errors = errors*_balance(same, all_targ, d.dtype)
     return reduce_losses(errors.sum(1)/max(n-1, 1), reduction)
 
-def _balance(same, all_targ, dtype):
-    "Weights with which pairs of one class count together as much as pairs of two"
-    n = len(all_targ)
-    n_same = (all_targ[:,None] == all_targ).sum().to(dtype) - n
-    n_differ = n*n - n - n_same
-    # Without pairs of one kind the other counts alone
-    kinds = ((n_same > 0).to(dtype) + (n_differ > 0)).clamp_min(1)
-    return (n*n-n)/(kinds*torch.where(same, n_same, n_differ).clamp_min(1))
-
-# %% ../../nbs/losses/30_ldmat.ipynb #c23f87f5
+# %% ../../nbs/losses/30_ldmat.ipynb #50f5efdb
 class NearestMeanHead(Head):
     "Nearest running class mean, without any parameter"
     def __init__(self,
@@ -70,7 +71,7 @@ class NearestMeanHead(Head):
     ):
         super().__init__(n_in, n_out)
         check_hparams(ldmat_hypers, scale=scale, delta=delta)
-        self.scale,self.delta = scale,delta
+        self.scale, self.delta = scale, delta
         self.register_buffer('means', torch.zeros(n_out, n_in))
         # Batches in which a class occurred
         self.register_buffer('counts', torch.zeros(n_out, dtype=torch.long))
@@ -113,10 +114,10 @@ def update_means(
     step = means.index_select(0, y).to(dtype).sub_(x).mul_(share[y][:,None])
     means.index_add_(0, y, step.to(means.dtype), alpha=-1)
 
-# %% ../../nbs/losses/30_ldmat.ipynb #b9b5dee0
+# %% ../../nbs/losses/30_ldmat.ipynb #347b3fce
 class LDMATLoss(DiscLoss):
     "LDMAT on the features; the running class means live in the NearestMeanHead"
-    separable,pairs = False,True
+    separable, pairs = False, True
     hypers = ldmat_hypers
     def __init__(self,
         delta:float=2**.5, # Between classes, above 0; as one-hot labels. Our choice
@@ -137,5 +138,6 @@ class LDMATLoss(DiscLoss):
     def loss(self, feats, targ):
         return ldmat_loss(feats, targ, self.delta, self.slack, 'none', self.squared,
                           self.balance)
+
     def track(self, feats, means, counts, targ):
         update_means(means, counts, feats, targ, self.momentum)

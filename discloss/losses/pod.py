@@ -28,32 +28,7 @@ pod_hypers = dict(
     norm_source=Choice(norm_sources),
 ) | {k: pedcc_hypers[k] for k in ('scale','embed','spread')}
 
-# %% ../../nbs/losses/41_pod.ipynb #69912234
-@full_precision
-def norm_adaptive_cosine_loss(
-    feats:Tensor, # Shape (batch, d), floating point
-    targ:Tensor, # Class indices, shape (batch,)
-    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
-    delta:float|Tensor=0.05, # One more coordinate, at least 0; the code's first is 0.05
-) -> Tensor: # Shape (batch,), in [0, 4]
-    "Squared cosine distance to the centroid, with delta as one more coordinate"
-    check_centroids(feats, targ, centroids)
-    check_hparams(pod_hypers, delta=delta)
-    return _norm_adaptive(feats, _own_rows(centroids, targ, feats), delta)
-
-def _own_rows(
-    centroids:Tensor, # Class centroids, shape (classes, d)
-    targ:Tensor, # Class indices, shape (batch,)
-    feats:Tensor, # For the dtype
-) -> Tensor: # Shape (batch, d)
-    "The centroid of each sample's class"
-    return centroids.index_select(0, targ.long()).to(feats.dtype)
-
-def _norm_adaptive(feats, own, delta):
-    free = isinstance(delta, Tensor) and delta.requires_grad
-    if free or not by_hand(): return _by_autograd(feats, own, delta)
-    return _NormAdaptive.apply(feats, own, delta)
-
+# %% ../../nbs/losses/41_pod.ipynb #e95f8ed6
 def _inverse_length(feats, delta):
     # $1/R_i$ with $R_i^2 = \lVert x_i\rVert^2+\delta^2$
     square = square_norm(feats)[:,None] + delta**2
@@ -66,8 +41,9 @@ def _by_autograd(feats, own, delta):
     away = (feats*inv-own).square().sum(1) + (delta*inv[:,0]).square()
     return (away/2).square()
 
+# %% ../../nbs/losses/41_pod.ipynb #7dc6609b
 class _NormAdaptive(torch.autograd.Function):
-    "The same with its gradient by hand"
+    "_by_autograd with its gradient by hand"
     @staticmethod
     def forward(ctx, feats, own, delta):
         inv = _inverse_length(feats, delta)
@@ -89,15 +65,43 @@ class _NormAdaptive(torch.autograd.Function):
         d_own = away*factor if ctx.needs_input_grad[1] else None
         return torch.addcmul(away, hat, gap).mul_(-factor*inv), d_own, None
 
-# %% ../../nbs/losses/41_pod.ipynb #c889a6a4
+# %% ../../nbs/losses/41_pod.ipynb #9d77ea1e
+def _own_rows(
+    centroids:Tensor, # Class centroids, shape (classes, d)
+    targ:Tensor, # Class indices, shape (batch,)
+    feats:Tensor, # For the dtype
+) -> Tensor: # Shape (batch, d)
+    "The centroid of each sample's class"
+    return centroids.index_select(0, targ.long()).to(feats.dtype)
+
+def _norm_adaptive(feats, own, delta):
+    free = isinstance(delta, Tensor) and delta.requires_grad
+    if free or not by_hand(): return _by_autograd(feats, own, delta)
+    return _NormAdaptive.apply(feats, own, delta)
+
+# %% ../../nbs/losses/41_pod.ipynb #22fa0141
+@full_precision
+def norm_adaptive_cosine_loss(
+    feats:Tensor, # Shape (batch, d), floating point
+    targ:Tensor, # Class indices, shape (batch,)
+    centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1
+    delta:float|Tensor=0.05, # One more coordinate, at least 0; the code's first is 0.05
+) -> Tensor: # Shape (batch,), in [0, 4]
+    "Squared cosine distance to the centroid, with delta as one more coordinate"
+    check_centroids(feats, targ, centroids)
+    check_hparams(pod_hypers, delta=delta)
+    return _norm_adaptive(feats, _own_rows(centroids, targ, feats), delta)
+
+# %% ../../nbs/losses/41_pod.ipynb #8f90855b
 def _off_diagonal(v):
     # $V^\top V$ or $VV^\top$, the smaller: the sum of squares is the same
     gram = v@v.T if len(v) < v.shape[1] else v.T@v
     # $\sum_{p\ne q}$: all less the diagonal
     return gram.square().sum() - v.square().sum(0).square().sum()
 
+# %% ../../nbs/losses/41_pod.ipynb #67f13388
 class _OffDiagonal(torch.autograd.Function):
-    "The same with its gradient by hand: one product instead of two"
+    "_off_diagonal with its gradient by hand"
     @staticmethod
     def forward(ctx, v):
         ctx.few = len(v) < v.shape[1]
@@ -115,6 +119,17 @@ class _OffDiagonal(torch.autograd.Function):
         dv = gram@v if ctx.few else v@gram
         return dv.addcmul_(v, diagonal, value=-1).mul_(4*grad)
 
+# %% ../../nbs/losses/41_pod.ipynb #2ed632f8
+def _correlation(away, corr_reduction):
+    # $v_i=\hat x_i-a_{y_i}$
+    v, = gather_samples(away)
+    n, d = v.shape
+    off_diagonal = _OffDiagonal.apply if by_hand() else _off_diagonal
+    off = off_diagonal(v).relu()
+    # A single sample has no covariance
+    return (n > 1)*off / max(n-1, 1)**2 / max(corr_reductions[corr_reduction](d), 1)
+
+# %% ../../nbs/losses/41_pod.ipynb #9b61ddb3
 @full_precision
 def correlation_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -125,14 +140,6 @@ def correlation_loss(
     "Squared covariances between coordinates of the deviations from the centroids"
     check_hparams(pod_hypers, corr_reduction=corr_reduction)
     return _correlation(from_centroid(feats, targ, centroids), corr_reduction)
-
-def _correlation(away, corr_reduction):
-    # $v_i=\hat x_i-a_{y_i}$
-    v, = gather_samples(away)
-    n, d = v.shape
-    off = (_OffDiagonal.apply if by_hand() else _off_diagonal)(v).relu()
-    # A single sample has no covariance
-    return (n > 1)*off / max(n-1, 1)**2 / max(corr_reductions[corr_reduction](d), 1)
 
 # %% ../../nbs/losses/41_pod.ipynb #bac51278
 def pod_loss(
@@ -207,7 +214,7 @@ def count_norms(
     total = torch.stack([norm.sum(), norm.new_full((), len(norm))])
     norms += all_sum(total).to(norms.dtype)
 
-# %% ../../nbs/losses/41_pod.ipynb #63d015a6
+# %% ../../nbs/losses/41_pod.ipynb #6eba36b3
 class PODLoss(DiscLoss):
     "Norm-adaptive cosine and correlation; their state lives in the PODHead"
     hypers = pod_hypers
@@ -229,6 +236,7 @@ class PODLoss(DiscLoss):
 
     @property
     def separable(self): return self.lam == 0
+
     def head(self, n_in, n_out):
         return PODHead(n_in, n_out, self.delta0, self.scale, self.embed, self.spread)
 
@@ -237,5 +245,6 @@ class PODLoss(DiscLoss):
         losses = _norm_adaptive(feats, own, delta)
         if self.lam == 0: return losses
         return losses + self.lam*_correlation(directions-own, self.corr_reduction)
+
     def track(self, feats, centroids, norms, targ):
         count_norms(norms, feats, centroids, self.norm_source)
