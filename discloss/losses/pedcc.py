@@ -15,7 +15,31 @@ from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
 from ..core import full_precision, gather_samples, reduce_losses
 from ..heads import cosine, cross_entropy_of, own_distances, split_logits, unit
 
-# %% ../../nbs/losses/40_pedcc.ipynb #d5ea8cf7
+# %% ../../nbs/losses/40_pedcc.ipynb #e28173bd
+def _too_few(n, dim):
+    "What to do when there are too few dimensions for a simplex, in words"
+    k, dimensions = n-1, 'dimension' if dim == 1 else 'dimensions'
+    spread = ", or spread=True for the best spread that can be found" if dim > 1 else ""
+    return (f"{n} points cannot be equally far apart in {dim} {dimensions}, that takes {k}: use "
+            f"at least {k} features "
+            f"(a body with n_feats={k}, or embed={k} for the head){spread}")
+
+# %% ../../nbs/losses/40_pedcc.ipynb #851c8715
+def _spread(n, dim, gen):
+    "Unit vectors far apart: a polygon in the plane, else the best of eight searches"
+    if dim == 2:
+        turn = torch.rand(1, generator=gen, dtype=torch.float64)
+        angle = 2*math.pi*(torch.arange(n, dtype=torch.float64)/n + turn)
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+    x = F.normalize(torch.randn(8, n, dim, generator=gen, dtype=torch.float64), dim=2)
+    eye = 3*torch.eye(n, dtype=torch.float64)
+    # The softmax sees all neighbours first, the nearest only in the end
+    for t in torch.logspace(0, 3, 1000, dtype=torch.float64).tolist():
+        w = (t*(x@x.mT - eye)).softmax(dim=2)
+        x = F.normalize(x - (w+w.mT)@x/(2*t), dim=2)
+    return x[(x@x.mT - eye).amax((1,2)).argmin()]
+
+# %% ../../nbs/losses/40_pedcc.ipynb #aa759962
 def simplex(
     n_points:int, # Number of points, at least 2
     dim:int, # Number of dimensions; at least n_points-1, unless `spread`
@@ -36,32 +60,10 @@ def simplex(
     h = ones.tril().diagonal_scatter(-i, offset=1) / (i*(i+1)).sqrt()[:,None]
     # $V$: orthonormal columns, uniform over all directions once the signs are fixed
     v, r = torch.linalg.qr(torch.randn(dim, k, generator=generator, dtype=torch.float64))
-    # $\sqrt{K/(K-1)}\;H^\top V^\top$
+    # $\sqrt{C/(C-1)}\;H^\top V^\top$
     return math.sqrt(n_points/k) * h.T @ (v*r.diagonal().sign()).T
 
-def _too_few(n, dim):
-    "What to do when there are too few dimensions for a simplex, in words"
-    k, dimensions = n-1, 'dimension' if dim == 1 else 'dimensions'
-    spread = ", or spread=True for the best spread that can be found" if dim > 1 else ""
-    return (f"{n} points cannot be equally far apart in {dim} {dimensions}, that takes {k}: use "
-            f"at least {k} features "
-            f"(a body with n_feats={k}, or embed={k} for the head){spread}")
-
-def _spread(n, dim, gen):
-    "Unit vectors far apart: a polygon in the plane, else the best of eight searches"
-    if dim == 2:
-        turn = torch.rand(1, generator=gen, dtype=torch.float64)
-        angle = 2*math.pi*(torch.arange(n, dtype=torch.float64)/n + turn)
-        return torch.stack([angle.cos(), angle.sin()], dim=1)
-    x = F.normalize(torch.randn(8, n, dim, generator=gen, dtype=torch.float64), dim=2)
-    eye = 3*torch.eye(n, dtype=torch.float64)
-    # The softmax sees all neighbours first, the nearest only in the end
-    for t in torch.logspace(0, 3, 1000, dtype=torch.float64).tolist():
-        w = (t*(x@x.mT - eye)).softmax(dim=2)
-        x = F.normalize(x - (w+w.mT)@x/(2*t), dim=2)
-    return x[(x@x.mT - eye).amax((1,2)).argmin()]
-
-# %% ../../nbs/losses/40_pedcc.ipynb #29f76d82
+# %% ../../nbs/losses/40_pedcc.ipynb #65430f92
 pedcc_hypers = dict(
     scale=Number(0, above=True, search=(1., 30.), log=True),
     margin=Number(0, search=(0., 0.6)),
@@ -71,17 +73,19 @@ pedcc_hypers = dict(
     spread=Choice((False, True)),
 )
 
+# %% ../../nbs/losses/40_pedcc.ipynb #3ca17fad
 def check_centroids(
     feats:Tensor, # Shape (batch, d), floating point
     targ:Tensor, # Class indices, shape (batch,)
     centroids:Tensor, # Class centroids, shape (classes, d)
 ):
-    "Raise `TypeError` or `ValueError`, in words, if these do not belong together"
+    "Raise TypeError or ValueError if these do not belong together"
     check_inputs(targ, n_out=len(centroids), feats=feats)
     if centroids.shape[1:] == feats.shape[1:]: return
     raise ValueError(f"centroids must have shape (classes, {feats.shape[1]}) like the features, "
                      f"got {tuple(centroids.shape)}")
 
+# %% ../../nbs/losses/40_pedcc.ipynb #d2b646a6
 @full_precision
 def from_centroid(
     feats:Tensor, # Shape (batch, d), floating point
@@ -92,6 +96,17 @@ def from_centroid(
     check_centroids(feats, targ, centroids)
     return unit(feats) - centroids.index_select(0, targ.long()).to(feats.dtype)
 
+# %% ../../nbs/losses/40_pedcc.ipynb #2800e009
+def _pedcc(logits, directions, centroids, targ, scale, margin, lam, root):
+    # $\lVert\hat x_i-a_{y_i}\rVert^2$, as exact differences
+    mse = own_distances(directions, centroids, targ)
+    # $\sqrt[n]{L_{MSE}}$ of the batch, in all processes; 1e-12 keeps the gradient finite at zero
+    if root != 1: mse = (gather_samples(mse)[0].mean() + 1e-12)**(1/root)
+    # $s(\cos\theta_{iy_i}-m)$ beside the others
+    own, others = split_logits(logits, targ)
+    return cross_entropy_of(own-scale*margin, others) + lam*mse
+
+# %% ../../nbs/losses/40_pedcc.ipynb #0f16ca16
 @full_precision
 def pedcc_loss(
     feats:Tensor, # Shape (batch, d), floating point
@@ -112,17 +127,7 @@ def pedcc_loss(
     losses = _pedcc(logits, unit(feats), centroids, targ.long(), *settings)
     return reduce_losses(losses, reduction)
 
-def _pedcc(logits, directions, centroids, targ, scale, margin, lam, root):
-    # $\lVert\hat x_i-a_{y_i}\rVert^2$, as exact differences
-    mse = own_distances(directions, centroids, targ)
-    # $\sqrt[n]{L_{MSE}}$ of the batch, in all processes; the tiny number keeps the
-    # gradient finite at zero
-    if root != 1: mse = (gather_samples(mse)[0].mean() + 1e-12)**(1/root)
-    # $s(\cos\theta_{iy_i}-m)$ beside the others
-    own, others = split_logits(logits, targ)
-    return cross_entropy_of(own-scale*margin, others) + lam*mse
-
-# %% ../../nbs/losses/40_pedcc.ipynb #c87902c5
+# %% ../../nbs/losses/40_pedcc.ipynb #52997468
 @full_precision
 def to_centroids(
     feats:Tensor, # Shape (batch, d), floating point
@@ -133,6 +138,7 @@ def to_centroids(
     directions = unit(feats)
     return directions, F.linear(scale*directions, centroids.to(directions.dtype))
 
+# %% ../../nbs/losses/40_pedcc.ipynb #39143cb5
 class PEDCCHead(Head):
     "Scaled cosine to fixed centroids; in training logits, feats and centroids"
     def __init__(self,
@@ -159,6 +165,7 @@ class PEDCCHead(Head):
         return dict(logits=logits, feats=feats, directions=directions,
                     centroids=self.centroids.detach())
 
+# %% ../../nbs/losses/40_pedcc.ipynb #14a4d04d
 class PEDCCLoss(DiscLoss):
     "AM-softmax on predefined centroids plus lam times the squared distance to them"
     hypers = pedcc_hypers
@@ -177,6 +184,7 @@ class PEDCCLoss(DiscLoss):
 
     @property
     def separable(self): return self.root == 1 or self.lam == 0
+
     def head(self, n_in, n_out): return PEDCCHead(n_in, n_out, self.scale, self.embed, self.spread)
     def loss(self, logits, directions, centroids, targ):
         settings = self.scale, self.margin, self.lam, self.root
