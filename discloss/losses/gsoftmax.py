@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['scale_range', 'gsoftmax_loss', 'GSoftmaxLoss', 'auto_scale', 'adacos_scale', 'widest_angle']
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #11db63ee
+# %% ../../nbs/losses/50_gsoftmax.ipynb #11e1e986
 from abc import ABC
 import math
 from functools import partial
@@ -17,9 +17,7 @@ from ..core import DiscLoss, Number, check_inputs, full_precision, reduce_losses
 from ..heads import CosineHead, by_hand, cosine, cross_entropy_of
 from ..heads import own_and_others, split_logits
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #a994b8fa
-scale_range = Number(0, above=True, search=(5., 64.), log=True)
-
+# %% ../../nbs/losses/50_gsoftmax.ipynb #94447f21
 @full_precision
 def _losses(cosine, targ, transform, scale):
     "One loss for each sample, in plain formulas"
@@ -32,6 +30,9 @@ def _losses(cosine, targ, transform, scale):
     own_scale = scale.expand_as(cosine).gather(1, index) if is_table else scale
     logits = (scale*neg).scatter(1, index, own_scale*pos)
     return F.cross_entropy(logits, targ, reduction='none')
+
+# %% ../../nbs/losses/50_gsoftmax.ipynb #9f3c0fee
+scale_range = Number(0, above=True, search=(5., 64.), log=True)
 
 def gsoftmax_loss(
     cosine:Tensor, # Cosines to all classes, shape (batch, classes)
@@ -47,6 +48,7 @@ def gsoftmax_loss(
     _check_scale(scale, cosine)
     return reduce_losses(_losses(cosine, targ.long(), transform, scale), reduction)
 
+# %% ../../nbs/losses/50_gsoftmax.ipynb #b6054fa4
 def _check_cosines(cosine):
     if cosine.device.type != 'cpu' or not by_hand(): return
     lo, hi = cosine.detach().aminmax()
@@ -54,6 +56,7 @@ def _check_cosines(cosine):
     raise ValueError(f"cosine must be in [-1, 1], got {lo:.3g} to {hi:.3g}: "
                      "give the cosines as they are, not logits that are scaled already")
 
+# %% ../../nbs/losses/50_gsoftmax.ipynb #a451410a
 def _check_scale(scale, cosine):
     if not isinstance(scale, Tensor): return scale_range.check('scale', scale)
     n, c = cosine.shape
@@ -65,7 +68,7 @@ def _check_scale(scale, cosine):
     least = scale.detach().min()
     if not least > 0: raise ValueError(f"scale must be positive, got {least:.3g}")
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #6565f604
+# %% ../../nbs/losses/50_gsoftmax.ipynb #bce95792
 class GSoftmaxLoss(DiscLoss, ABC):
     "Cross-entropy of scaled, transformed cosines; subclasses write own, others, or both"
     hypers = dict(
@@ -83,42 +86,8 @@ class GSoftmaxLoss(DiscLoss, ABC):
     def own(self, u): return u # What becomes of the cosine to the own class, (batch, 1)
     def others(self, u): return u # And of the cosines to other classes, (batch, classes)
 
-    def __init_subclass__(cls, **kwargs):
-        "What a parent gives by hand does not fit a subclass with another curve"
-        super().__init_subclass__(**kwargs)
-        new_curve = 'others' in vars(cls) and 'scaled_others' not in vars(cls)
-        if new_curve: cls.scaled_others = GSoftmaxLoss.scaled_others
-
     @property
     def curved(self): return type(self).others is not GSoftmaxLoss.others
-    def scaled_others(self, z, scale):
-        "scale times others of z/scale, and the slope of others, both new"
-        with torch.enable_grad():
-            u = (z/scale).detach().requires_grad_()
-            value = self.others(u)
-            slope, = torch.autograd.grad(value.sum(), u)
-        return scale*value.detach(), slope
-
-    def head(self,
-        n_in:int, # Number of features
-        n_out:int, # Number of classes
-    ) -> CosineHead:
-        "The head of the family, with the scale of this loss"
-        return CosineHead(n_in, n_out, **self._head_args(n_in, n_out))
-
-    def _head_args(self, n_in, n_out):
-        args = dict(scale=self.scale, sample=self.sample is not None)
-        if self.scale == 'auto': args['scale'] = auto_scale(n_out)
-        auto_margin = getattr(self, 'margin', None) == 'auto'
-        if auto_margin: args['margin'] = self.auto_margin(n_in, n_out)
-        return args
-
-    def _margin(self, given):
-        "The margin of this loss; if that is 'auto', the one that the head gave"
-        if self.margin != 'auto': return self.margin
-        if given is not None: return given
-        raise ValueError("margin='auto' needs the head of this loss: "
-                         "with_head(model, loss, n_out)")
 
     def loss(self, scale, targ,
         logits=None, feats=None, weight=None, lots=None, margin=None):
@@ -129,21 +98,65 @@ class GSoftmaxLoss(DiscLoss, ABC):
         # $s\,T_p(u_y)$ beside $\log\sum_{j\ne y}e^{s\,T_n(u_j)}$
         return cross_entropy_of(scale*own(label[:,None]/scale).squeeze(1), rest)
 
-    def _split(self, logits, targ, scale):
-        if not self.curved: return split_logits(logits, targ)
-        def others(z): return scale*self.others(z/scale)
-        def with_slope(z): return self.scaled_others(z, scale)
-        return split_logits(logits, targ, others, None if scale.requires_grad else with_slope)
+    def __init_subclass__(cls, **kwargs):
+        "What a parent gives by hand does not fit a subclass with another curve"
+        super().__init_subclass__(**kwargs)
+        new_curve = 'others' in vars(cls) and 'scaled_others' not in vars(cls)
+        if new_curve: cls.scaled_others = GSoftmaxLoss.scaled_others
 
-    def _check_head_scale(self, scale):
-        free = self.scale == 'auto' or getattr(self, 'learn_scale', False)
-        if free or scale.device.type != 'cpu' or not by_hand(): return
-        if math.isclose(scale.detach(), self.scale, rel_tol=1e-3): return
-        raise ValueError(f"the head has a scale of {scale.item():g}, "
-                         f"{type(self).__name__} one of {self.scale:g}: "
-                         "give the model the head of this loss, with_head(model, loss, n_out)")
+# %% ../../nbs/losses/50_gsoftmax.ipynb #f789e8e4
+@patch
+def _split(self:GSoftmaxLoss, logits, targ, scale):
+    if not self.curved: return split_logits(logits, targ)
+    def others(z): return scale*self.others(z/scale)
+    def with_slope(z): return self.scaled_others(z, scale)
+    return split_logits(logits, targ, others, None if scale.requires_grad else with_slope)
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #2d889c88
+@patch
+def scaled_others(self:GSoftmaxLoss, z, scale):
+    "scale times others of z/scale, and the slope of others, both new"
+    with torch.enable_grad():
+        u = (z/scale).detach().requires_grad_()
+        value = self.others(u)
+        slope, = torch.autograd.grad(value.sum(), u)
+    return scale*value.detach(), slope
+
+# %% ../../nbs/losses/50_gsoftmax.ipynb #ffaa5b1e
+@patch
+def head(self:GSoftmaxLoss,
+    n_in:int, # Number of features
+    n_out:int, # Number of classes
+) -> CosineHead:
+    "The head of the family, with the scale of this loss"
+    return CosineHead(n_in, n_out, **self._head_args(n_in, n_out))
+
+@patch
+def _head_args(self:GSoftmaxLoss, n_in, n_out):
+    args = dict(scale=self.scale, sample=self.sample is not None)
+    if self.scale == 'auto': args['scale'] = auto_scale(n_out)
+    auto_margin = getattr(self, 'margin', None) == 'auto'
+    if auto_margin: args['margin'] = self.auto_margin(n_in, n_out)
+    return args
+
+# %% ../../nbs/losses/50_gsoftmax.ipynb #0324b793
+@patch
+def _margin(self:GSoftmaxLoss, given):
+    "The margin of this loss; if that is 'auto', the one that the head gave"
+    if self.margin != 'auto': return self.margin
+    if given is not None: return given
+    raise ValueError("margin='auto' needs the head of this loss: "
+                     "with_head(model, loss, n_out)")
+
+@patch
+def _check_head_scale(self:GSoftmaxLoss, scale):
+    free = self.scale == 'auto' or getattr(self, 'learn_scale', False)
+    if free or scale.device.type != 'cpu' or not by_hand(): return
+    if math.isclose(scale.detach(), self.scale, rel_tol=1e-3): return
+    raise ValueError(f"the head has a scale of {scale.item():g}, "
+                     f"{type(self).__name__} one of {self.scale:g}: "
+                     "give the model the head of this loss, with_head(model, loss, n_out)")
+
+# %% ../../nbs/losses/50_gsoftmax.ipynb #30e8f84a
 @patch
 def _in_chunks(self:GSoftmaxLoss, scale, targ, feats, weight, lots):
     "The same from features and class weights, in chunks of classes; of a sample if there are lots"
@@ -153,6 +166,7 @@ def _in_chunks(self:GSoftmaxLoss, scale, targ, feats, weight, lots):
     transform = others if self.curved else None
     return own_and_others(score, targ, (feats, scale), (weight,), transform)
 
+# %% ../../nbs/losses/50_gsoftmax.ipynb #58832f03
 def _sampled(weight, targ, lots, sample):
     "Weights of the batch's classes and of a random share of the others, and the labels among them"
     n = max(math.ceil(sample*len(weight)), min(len(targ)+1, len(weight))) # One other class at least
@@ -160,7 +174,7 @@ def _sampled(weight, targ, lots, sample):
     rows = lots.index_fill(0, targ, 2.).topk(n, sorted=False).indices.sort().values
     return weight[rows], torch.searchsorted(rows, targ)
 
-# %% ../../nbs/losses/50_gsoftmax.ipynb #1c4e0e4d
+# %% ../../nbs/losses/50_gsoftmax.ipynb #a242c2f8
 def auto_scale(
     n_out:int, # Number of classes, at least 2
     prob:float=0.9999, # Least probability at the class centers
@@ -169,6 +183,7 @@ def auto_scale(
     # $s\ge\frac{C-1}C\log\frac{(C-1)P}{1-P}$
     return (n_out-1)/n_out*math.log((n_out-1)*prob/(1-prob))
 
+# %% ../../nbs/losses/50_gsoftmax.ipynb #3a4c223c
 def adacos_scale(
     n_out:int, # Number of classes, at least 3
 ) -> float:
@@ -176,6 +191,7 @@ def adacos_scale(
     # $\sqrt2\log(C-1)$
     return math.sqrt(2)*math.log(n_out-1)
 
+# %% ../../nbs/losses/50_gsoftmax.ipynb #141f3d22
 def widest_angle(
     n_in:int, # Number of features
     n_out:int, # Number of classes, at least 2
