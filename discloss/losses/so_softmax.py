@@ -11,23 +11,7 @@ from torch import Tensor
 from ..core import Choice, Number, Other, check_hparams
 from .gsoftmax import GSoftmaxLoss, gsoftmax_loss
 
-# %% ../../nbs/losses/51_so_softmax.ipynb #712ce602
-def _check_goals(name, goals):
-    if not isinstance(goals, (tuple,list)) or len(goals) != 2:
-        raise ValueError(f"{name} must be a pair of numbers, for the positive and "
-                         f"the negative cosine, got {goals!r}")
-    if not goals[0] > goals[1]:
-        raise ValueError("the goal of the positive must be greater than that of the "
-                         f"negatives, got {goals!r}")
-
-so_hypers = dict(
-    m=Number(0, 2, search=(0.1, 0.6)),
-    lambda_p=Number(0, search=(0.5, 2.), log=True),
-    lambda_n=Number(0, search=(0.5, 2.), log=True),
-    goals=Other(_check_goals, ((1.,0.), (1.,-0.2))),
-    clamp=Choice((True, False), search=True))
-
-# %% ../../nbs/losses/51_so_softmax.ipynb #7d131433
+# %% ../../nbs/losses/51_so_softmax.ipynb #6d076c1b
 def so_transform(
     pos:Tensor, # Positive cosines, shape (batch, 1)
     neg:Tensor, # Negative cosines, shape (batch, classes)
@@ -44,6 +28,24 @@ def so_transform(
     # $\lambda_p(m^2-[O_p-u]_+^2)$ and $\lambda_n([u-O_n]_+^2-m^2)$
     return lambda_p*(m**2 - pull*pull), lambda_n*(push*push - m**2)
 
+# %% ../../nbs/losses/51_so_softmax.ipynb #466a7179
+def _check_goals(name, goals):
+    if not isinstance(goals, (tuple,list)) or len(goals) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, for the positive and "
+                         f"the negative cosine, got {goals!r}")
+    if not goals[0] > goals[1]:
+        raise ValueError("the goal of the positive must be greater than that of the "
+                         f"negatives, got {goals!r}")
+
+# %% ../../nbs/losses/51_so_softmax.ipynb #c75d2d23
+so_hypers = dict(
+    m=Number(0, 2, search=(0.1, 0.6)),
+    lambda_p=Number(0, search=(0.5, 2.), log=True),
+    lambda_n=Number(0, search=(0.5, 2.), log=True),
+    goals=Other(_check_goals, ((1.,0.), (1.,-0.2))),
+    clamp=Choice((True, False), search=True))
+
+# %% ../../nbs/losses/51_so_softmax.ipynb #ef6b6d85
 def so_softmax_loss(
     cosine:Tensor, # Cosines to all classes, shape (batch, classes)
     targ:Tensor, # Class indices, shape (batch,)
@@ -61,7 +63,7 @@ def so_softmax_loss(
     transform = partial(so_transform, **settings)
     return gsoftmax_loss(cosine, targ, transform, scale, reduction)
 
-# %% ../../nbs/losses/51_so_softmax.ipynb #c2d6c492
+# %% ../../nbs/losses/51_so_softmax.ipynb #c3bbb663
 class SOSoftmaxLoss(GSoftmaxLoss):
     "Softmax of cosines that are driven to goals by squares; for the CosineHead"
     hypers = dict(GSoftmaxLoss.hypers, **so_hypers)
