@@ -249,8 +249,7 @@ tiers = {
                    folds=5, seeds=4, trials=10, tries=2, margin=0.003),
     'flowers': _frozen('Flowers, frozen features', 'flowers12', seeds=20, epochs=15, trials=20,
                        classes=12),
-    'characters': Tier('Unseen characters', character_loaders,
-                       partial(small_body, width=16, n_feats=128),
+    'characters': Tier('Unseen characters', character_loaders, partial(small_body, width=16, n_feats=128),
                        folds=3, seeds=1, epochs=12, trials=4, classes=121),
     'noise40': _shift('noise 40%'),
     'tail': _shift('100:1'),
@@ -261,10 +260,9 @@ tiers = {
     'finetuned': Tier('Flowers, a fine-tuned network', flower_loaders, fine_tuned, seeds=3, epochs=3,
                       trials=3, only=few, classes=12, lr=1e-3),
     'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, margin=0.001),
-    'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4,
-                       only=few),
-    'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4,
-                        only=few, classes=100),
+    'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4, only=few),
+    'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4, only=few,
+                        classes=100),
 }
 
 # %% ../nbs/24_study.ipynb #35596e00
@@ -361,8 +359,7 @@ def _one_run(t, loss, dls, unseen, lr, wd, seed):
     class Keep(_Callback):
         def after_fit(self): keep['model'] = self.learn.model
     row, said = run_loss(loss, dls, t.arch, epochs=t.epochs, lr=lr, wd=wd, seed=seed, cbs=Keep())
-    if unseen is not None and said is not None:
-        row['unseen'] = _unseen(keep['model'], *unseen, dls)
+    if unseen is not None and said is not None: row['unseen'] = _unseen(keep['model'], *unseen, dls)
     right = '' if said is None else _right(said)
     n = [len(dl.dataset) for dl in dls.loaders]
     row.pop('valid')
