@@ -24,7 +24,7 @@ def normface_loss(
     # $-\log\mathrm{softmax}(s\,u_i)_{y_i}$
     return gsoftmax_loss(cosine, targ, None, scale, reduction)
 
-# %% ../../nbs/losses/52_normface.ipynb #fc0080e3
+# %% ../../nbs/losses/52_normface.ipynb #608368e5
 class NormFaceHead(CosineHead):
     "Cosine to learned class weights, times a learned scale"
     def __init__(self,
@@ -38,6 +38,7 @@ class NormFaceHead(CosineHead):
 
     def scale_like(self, feats): return self.log_scale.exp()
 
+# %% ../../nbs/losses/52_normface.ipynb #8b5f55ae
 class NormFaceLoss(GSoftmaxLoss):
     "Cross-entropy of scaled cosines; the scale may be learned"
     hypers = dict(GSoftmaxLoss.hypers, learn_scale=Choice((False, True), search=True))
