@@ -6,9 +6,9 @@ __all__ = ['narrow', 'plain_digits', 'pulled', 'by_rate', 'scales', 'by_scale', 
            'train', 'in_order', 'class_cosines', 'measure', 'on_training', 'curve', 'plainly', 'of_heads',
            'of_centroids', 'of_the_head', 'Spread', 'pull', 'matched', 'spreading', 'without_class', 'attacked',
            'abnormal', 'bits', 'explained', 'relations', 'attending', 'sphere', 'variants', 'Experiment', 'sgd',
-           'of_study', 'read_runs', 'values', 'compared', 'means', 'Found', 'called', 'show_difference', 'Versus',
-           'Equal', 'Alone', 'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table', 'run_arm',
-           'recipe', 'key_of', 'plan', 'main']
+           'of_study', 'read_runs', 'values', 'compared', 'means', 'Found', 'n_runs', 'called', 'show_difference',
+           'Versus', 'Equal', 'Alone', 'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table',
+           'run_arm', 'recipe', 'key_of', 'plan', 'main']
 
 # %% ../nbs/studies/22_claims.ipynb #6efc70d4
 import argparse, math, time
@@ -31,6 +31,7 @@ from sklearn.metrics import roc_auc_score
 from . import __version__
 from .bodies import small_body
 from .callbacks import PODSchedule
+from .comparison import counted
 from .core import find_head, training_head
 from .data import channel_stats
 from .evaluate import fit_scores
@@ -442,6 +443,8 @@ class Found:
     p:float = math.nan # Of the difference
     agrees:bool = False # Is the difference on the side of the claim?
 
+def n_runs(n): return counted(n, 'run')
+
 def called(name):
     "A number in words"
     kind, _, score = name.partition(', ')
@@ -479,7 +482,8 @@ class Versus:
         n, title = len(a.keys() & b.keys()), (experiments | studies)[self.experiment].title
         other = f'{called(self.name_b)}, {self.b}' if self.name_b else self.b
         comma = ',' if self.name_b else ''
-        return f'{title}, {n} runs each: {called(self.name)}, {self.a}{comma} against {other}'
+        pair = f'{called(self.name)}, {self.a}{comma} against {other}'
+        return f'{title}, {n_runs(n)} each: {pair}'
 
     def __call__(self, runs):
         d = self.difference(runs)
@@ -497,7 +501,7 @@ class Equal:
         e = (experiments | studies)[self.experiment]
         arms = [compared(runs, self.experiment, k) for k in self.arms]
         n = len(set(arms[0]).intersection(*arms[1:]))
-        how = f"{e.title}, {n} runs each: {', '.join(self.arms)}"
+        how = f"{e.title}, {n_runs(n)} each: {', '.join(self.arms)}"
         if n < 3: return Found(how, verdict='not run yet')
         said = means(*arms)
         best, worst = arms[np.argmax(said)], arms[np.argmin(said)]
@@ -519,7 +523,7 @@ class Alone:
     what:str = '' # In words
     def __call__(self, runs):
         v = values(runs, self.experiment, self.arm, self.name)
-        how = f'{experiments[self.experiment].title}, {len(v)} runs: {self.what}'
+        how = f'{experiments[self.experiment].title}, {n_runs(len(v))}: {self.what}'
         if len(v) < 3: return Found(how, verdict='not run yet')
         d = paired(v, 0*v, experiments[self.experiment].ratio)
         low, high = interval(d)
@@ -545,8 +549,8 @@ def steadier(runs):
     "Does Circle depend less on its scale than CosFace does?"
     a, b = (sensitivity(runs, k) for k in ('Circle', 'CosFace'))
     low, high = min(scales), max(scales)
-    how = (f'Digits, {len(a)} runs each: test loss, worst minus best of the scales {low} to '
-           f'{high}, Circle against CosFace')
+    how = (f'Digits, {n_runs(len(a))} each: test loss, worst minus best of the scales '
+           f'{low} to {high}, Circle against CosFace')
     if len(a) < 3 or len(b) < 3: return Found(how, verdict='not run yet')
     d = paired(a, b, experiments['scale'].ratio)
     said = show_difference(a.mean(), b.mean(), d, 'loss')
@@ -622,8 +626,7 @@ claims = [
          Versus(D, 'LDMAT', 'cross-entropy', 'variance_ratio', False)),
         ('imposes a fixed distance between classes',
          Alone(D, 'LDMAT', 'distance', 0.9*2**.5, 1.1*2**.5,
-             'root mean square distance of class means on test images, to be within 10% of δ = √2'))
-             ,
+             'root mean square distance of class means on test images, within 10% of δ = √2')),
         ('regularisation spreads the features',
          Versus(D, 'LDMAT, slack 0.3', 'LDMAT', 'intra')),
         ('regularisation narrows the gap of training and test',
@@ -856,8 +859,8 @@ def main(args=None):
         start = time.perf_counter()
         numbers = plain(run_arm(name, label, seed))
         seconds = round(time.perf_counter()-start, 2)
-        row = dict(key=key, experiment=name, arm=label, seed=seed, numbers=numbers, seconds=seconds)
-        row |= dict(versions=versions(), device=device_name(default_device()))
+        row = dict(key=key, experiment=name, arm=label, seed=seed, numbers=numbers)
+        row |= dict(seconds=seconds, versions=versions(), device=device_name(default_device()))
         append_result(given.out, row)
         print(f"{name}: {label}, seed {seed}, {seconds:.1f} s", flush=True)
 
