@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['few', 'tiers', 'Entry', 'entries', 'tensor_loaders', 'digits_fold', 'Vectors', 'vector_loaders', 'embedding',
-           'pretrained_trunk', 'frozen_features', 'frozen_loaders', 'character_loaders', 'noisy', 'kept',
-           'shifted_fold', 'Tier', 'plan', 'right_of', 'run_one', 'run_study', 'main']
+           'pretrained_trunk', 'frozen_features', 'frozen_loaders', 'fine_tuned', 'flower_loaders', 'character_loaders',
+           'noisy', 'kept', 'shifted_fold', 'Tier', 'plan', 'right_of', 'run_one', 'run_study', 'main']
 
 # %% ../nbs/24_study.ipynb #31c2d262
 import argparse, time
@@ -150,6 +150,18 @@ def frozen_loaders(
     parts = [(x.float(), y) for x,y in kept['parts']]
     return vector_loaders(parts, kept['vocab'], name=f'{name}, frozen features')
 
+def fine_tuned() -> Body: # 1,280 features
+    "The pretrained trunk, all of it to be trained"
+    return Body(pretrained_trunk(), n_feats=1280)
+
+def flower_loaders(
+    fold:int=0, # Not used: there is one split
+    out=None, # Not used; where other tiers keep features
+):
+    "Small photographs in the units of the pretrained trunk"
+    units = [127/255]*3, [128/255]*3
+    return image_dls(data_root()/'flowers12', bs=32, size=96, stats=units)
+
 # %% ../nbs/24_study.ipynb #bed57e3a
 def character_loaders(
     seed:int=0, # Which half of the characters is seen
@@ -216,6 +228,7 @@ class Tier:
     only:tuple|None = None # Labels of entries; None: all
     classes:int = 10
     margin:float = 0.01 # Accuracies that differ by less count as equal
+    lr:float|None = None # Rates from lr/10 to 3*lr are searched; None: default_lr
 
 _narrow = partial(small_body, width=16)
 
@@ -245,6 +258,8 @@ tiers = {
     'cifar100_frozen': _frozen('CIFAR-100, frozen features', 'cifar100', n_train=5000, n_eval=5000,
                                seeds=10, epochs=10, trials=8, classes=100),
     'noise20': _shift('noise 20%'),
+    'finetuned': Tier('Flowers, a fine-tuned network', flower_loaders, fine_tuned, seeds=3, epochs=3,
+                      trials=3, only=few, classes=12, lr=1e-3),
     'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, margin=0.001),
     'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4,
                        only=few),
@@ -272,9 +287,9 @@ def _loaders(tier, fold, out):
 def _setting(t, entry, dls, folder):
     "The loss, learning rate and weight decay of an entry: tuned on the validation images of a fold"
     loss = entry.make()
-    if not t.trials: return loss, default_lr(t.arch), 0.01
-    found = tune(loss, dls, t.trials, entry.names, t.arch, epochs=t.epochs,
-                 seeds=t.tries, out=folder, show=False, alone=True)
+    if not t.trials: return loss, t.lr or default_lr(t.arch), 0.01
+    found = tune(loss, dls, t.trials, entry.names, t.arch, epochs=t.epochs, seeds=t.tries,
+                 lr=t.lr, out=folder, show=False, alone=True)
     return found.loss, found.lr, found.wd
 
 def _right(said):
