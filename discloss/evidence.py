@@ -21,7 +21,7 @@ from .study import plan, right_of, tiers
 names = dict(
     crossentropy='cross-entropy', labelsmoothing='label smoothing', center='center loss',
     sigma2r='σ²R', lgm='L-GM', pedcc='PEDCC', pod='POD', normface='NormFace',
-    cosface='CosFace', arcface='ArcFace', circle='circle loss', circlepair='circle loss, pairs',
+    cosface='CosFace', arcface='ArcFace', circle='circle loss', circlepair='circle loss of pairs',
     sosoftmax='SO-softmax', ldmat='LDMAT', cc='CC-Loss', softnn='soft nearest neighbours',
     crl='CRL', nllr='NLLR', emsoftmax='EM-Softmax', focal='focal loss', supcon='SupCon',
     proxyanchor='proxy anchor', triplet='triplet', sphereface='SphereFace',

@@ -238,7 +238,8 @@ def _shift(name):
 
 def _images(name, arch, **kwargs):
     def loaders(fold, out): return image_dls(name, n_train=20_000)
-    return Tier(f'{name}, 20,000 images', loaders, arch, **kwargs)
+    title = dict(mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100')[name]
+    return Tier(f'{title}, 20,000 images', loaders, arch, **kwargs)
 
 def _frozen(title, name, **kwargs):
     sizes = {k: kwargs.pop(k) for k in ('n_train', 'n_eval') if k in kwargs}
