@@ -855,6 +855,7 @@ def main(args=None):
     for name, label, seed in plan(given.names or experiments):
         key = key_of(name, label, seed)
         if key in read_results(given.out): continue
+        Path(given.out).parent.mkdir(parents=True, exist_ok=True)
         if time.monotonic()-began > 60*given.minutes: return
         start = time.perf_counter()
         numbers = plain(run_arm(name, label, seed))

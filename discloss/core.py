@@ -383,6 +383,8 @@ class DiscLoss(nn.Module):
 def _class_weight(weight):
     "Class weights as a tuple of floats, or None"
     if weight is None: return None
+    if isinstance(weight, Mapping):
+        raise TypeError(f"weight must be numbers in the order of the classes, got {weight!r}")
     values = tuple(float(w) for w in weight)
     ok = all(0 <= w < math.inf for w in values) and sum(values) > 0
     if not ok:

@@ -204,7 +204,8 @@ def standing(
     if label == 'crossentropy': return _reference(tables)
     rows = {k: t.loc[label] for k,t in tables.items() if label in t.index}
     rows = {k: r for k,r in rows.items() if np.isfinite(r.low)}
-    if not rows: return 'The study has no run of it.'
+    if not any(label in t.index for t in tables.values()): return 'The study has no run of it.'
+    if not rows: return 'The study has too few runs of it for a verdict.'
     groups = {}
     for tier,r in rows.items(): groups.setdefault(r.word, []).append(_place(tier, r))
     order = [w for w in (*words.values(), 'far below') if w in groups]
@@ -216,7 +217,8 @@ def standing(
 def _reference(tables):
     "The accuracy of cross-entropy where it has runs"
     said = [f"{100*t.loc['crossentropy', 'mean']:.1f}% on {places[k]}" for k,t in tables.items() if len(t)]
-    return f'All losses are compared with it. Tuned, its accuracy is {_and(said)}.' if said else ''
+    if not said: return 'The study has no run of it.'
+    return f'All losses are compared with it. Tuned, its accuracy is {_and(said)}.'
 
 def _place(tier, r):
     "Where, with the numbers if they are sure"
@@ -252,8 +254,10 @@ _usual = dict(batch=256, features=512, dtype='float32', mode='eager', step='head
 
 def _lines(file):
     if not file.is_file(): return
-    with open(file, encoding='utf-8') as lines:
-        for line in lines: yield json.loads(line)
+    with open(file, encoding='utf-8', errors='replace') as lines:
+        for line in lines:
+            try: yield json.loads(line)
+            except ValueError: continue # Torn
 
 def cost(
     label:str, # Label of a loss
@@ -277,7 +281,10 @@ def in_short(
     "Verdict and cost of a loss, for the box on top of its chapter"
     def name(k): return f', {named(k)}' if len(labels) > 1 else ''
     found = [f'**Verdict{name(k)}.** {standing(k, folder)}' for k in labels]
-    prices = [f'{named(k)}: {cost(k)}' if len(labels) > 1 else cost(k) for k in labels if cost(k)]
+    file = None if folder is None else Path(folder).parent/'bench.jsonl'
+    costs = {k: cost(k, file) for k in labels}
+    several = len(labels) > 1
+    prices = [f'{named(k)}: {c}' if several else c for k,c in costs.items() if c]
     if prices: found.append(f"**Cost.** {' '.join(prices)}")
     return Markdown('\n\n'.join([*found, _more]))
 

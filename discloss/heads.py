@@ -6,6 +6,8 @@ __all__ = ['CenterHead', 'square_norm', 'mean_row', 'by_hand', 'differentiable_g
            'own_and_others', 'linear_cross_entropy']
 
 # %% ../nbs/01_heads.ipynb #2078525e
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -56,14 +58,16 @@ def by_hand() -> bool: # False in compilers and in torch.func, which do better w
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 def differentiable_grads(
-    outs, # A tensor, or several
+    f, # A function of the inputs, in plain formulas
     inputs, # Tensors; those that require no gradient get None
-    grads, # Gradients of what comes after by outs
+    grads, # Gradients of what comes after by what f gives
 ) -> tuple:
     "Gradients that have gradients themselves"
-    wanted = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in inputs)
+    # Views: where one input is made from another, only the way through f counts
+    views = [t.view_as(t) if t.requires_grad else t for t in inputs]
+    wanted = [v for v in views if v.requires_grad]
+    found = iter(torch.autograd.grad(f(*views), wanted, grads, create_graph=True))
+    return tuple(next(found) if v.requires_grad else None for v in views)
 
 # %% ../nbs/01_heads.ipynb #23a02f95
 def _expanded(a, b):
@@ -105,7 +109,7 @@ class _SquaredDistances(torch.autograd.Function):
         x, other, center = ctx.saved_tensors
         z = x if other is None else other
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            square = _squared_distances(x, z, ctx.exact)
+            def square(x, z=None): return _squared_distances(x, x if z is None else z, ctx.exact)
             inputs = (x,) if other is None else (x, z)
             return *differentiable_grads(square, inputs, grad), *(None,)*(3-len(inputs))
         a, b = _centred(x, z, center)
@@ -149,7 +153,8 @@ class _Roots(torch.autograd.Function):
     def backward(ctx, grad):
         square, least, root, near = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return *differentiable_grads(_roots(square, least), (square,), grad), None
+            def roots(square): return _roots(square, least)
+            return *differentiable_grads(roots, (square,), grad), None
         return (grad/(2*root)).masked_fill_(near, 0), None
 
 def distances(
@@ -176,7 +181,8 @@ class _OwnDistances(torch.autograd.Function):
     def backward(ctx, grad):
         x, own, away = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return differentiable_grads((own-x).square().sum(1), (x, own), grad)
+            def square(x, own): return (own-x).square().sum(1)
+            return differentiable_grads(square, (x, own), grad)
         # $-2g_i(c_{y_i}-x_i)$, and the opposite for the rows
         dx = away*(-2*grad)[:,None]
         return dx, -dx if ctx.needs_input_grad[1] else None
@@ -218,7 +224,7 @@ class _Unit(torch.autograd.Function):
     def backward(ctx, grad):
         x, a, u = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return differentiable_grads(x*_inverse_norm(x), (x,), grad)[0]
+            return differentiable_grads(lambda x: x*_inverse_norm(x), (x,), grad)[0]
         # What points along a row falls away, unless the row was divided by the floor of norms
         along = torch.linalg.vecdot(grad, u)[:,None]*(a < 1e12)
         return torch.addcmul(grad, u, along, value=-1).mul_(a)
@@ -248,7 +254,8 @@ class _ScaledCosine(torch.autograd.Function):
     def backward(ctx, grad):
         feats, weight, scale, x, a, b, factor, z = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return differentiable_grads(scale*cosine(feats, weight), (feats, weight, scale), grad)
+            def scaled(feats, weight, scale): return scale*cosine(feats, weight)
+            return differentiable_grads(scaled, (feats, weight, scale), grad)
         g = grad*factor
         dx, dw = g@weight, g.T@x if ctx.needs_input_grad[1] else None
         # $\sum_j g_{ij}z_{ij}$ and $\sum_i g_{ij}z_{ij}$
@@ -333,9 +340,9 @@ class _SplitLogits(torch.autograd.Function):
     def backward(ctx, grad_own, grad_others):
         logits, targ, z, total, slope = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            outs = _split_logits(logits, targ, ctx.others, ctx.shifted)
+            def split(logits): return _split_logits(logits, targ, ctx.others, ctx.shifted)
             grads = grad_own, grad_others
-            return *differentiable_grads(outs, (logits,), grads), *(None,)*4
+            return *differentiable_grads(split, (logits,), grads), *(None,)*4
         g = z*(grad_others[:,None]/total)
         if slope is not None: g.mul_(slope)
         return g.scatter_(1, targ[:,None], grad_own[:,None]), *(None,)*4
@@ -393,7 +400,8 @@ class _OwnAndOthers(torch.autograd.Function):
         targ, others, *tensors = ctx.saved_tensors
         none = (None,)*5
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            outs = _own_and_others(ctx.score, ctx.transform, targ, ctx.n_shared, *tensors)
+            settings = ctx.score, ctx.transform, targ, ctx.n_shared
+            outs = partial(_own_and_others, *settings)
             return *none, *differentiable_grads(outs, tensors, (grad_own, grad_others))
         n, wants = ctx.n_shared, ctx.needs_input_grad[5:]
         shared = [t.detach().requires_grad_(w) for t,w in zip(tensors[:n], wants)]

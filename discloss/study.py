@@ -328,6 +328,7 @@ def _key(tier, label, fold, seed, out):
     t = tiers[tier]
     which = dict(tier=tier, label=label, fold=fold, seed=seed)
     what = dict(data=_data_key(tier, fold, out), arch=arch_name(t.arch), discloss=__version__)
+    if t.lr is not None: what['lr'] = t.lr
     return run_key(dict(**which, **what, epochs=t.epochs, trials=t.trials, tries=t.tries))
 
 def run_one(

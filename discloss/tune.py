@@ -202,7 +202,9 @@ def _defaults(loss, space):
     values = {}
     for k,h in space.items():
         v = loss.hparams[k]
-        if isinstance(h, Number) and (v is None or not h.search[0] <= v <= h.search[1]): continue
+        if isinstance(h, Number):
+            plain = isinstance(v, (int, float)) # Not None, not 'auto'
+            if not plain or not h.search[0] <= v <= h.search[1]: continue
         values[k] = v if isinstance(h, Number) else str(v)
     return values
 

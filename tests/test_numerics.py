@@ -3,8 +3,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from discloss import heads
 from discloss.heads import distances
+from discloss.losses.pod import pod_loss
+from discloss.losses.soft_nn import soft_nn_loss
 from discloss.specs import all_losses
 
 def features(head, c, d, seed):
@@ -123,3 +127,26 @@ def test_distances_beyond_the_squares_of_float32_are_infinite_and_never_zero(far
     assert torch.allclose(d[fits].double(), want[fits], rtol=1e-5)
     d.sum().backward()
     assert x.grad.isfinite().all()
+
+def _from_one(x, name):
+    "A value for each row, from x and rows that are made from x"
+    targ, other = torch.arange(6)//2, x.roll(1, 1)
+    return dict(
+        squared_distances=lambda: heads.squared_distances(x, other),
+        distances=lambda: heads.distances(x, other),
+        own_distances=lambda: heads.own_distances(x, other, targ),
+        scaled_cosine=lambda: heads.scaled_cosine(x, other, x[0,0].exp()),
+        linear_cross_entropy=lambda: heads.linear_cross_entropy(x, other, targ),
+        pod=lambda: pod_loss(x, targ, F.normalize(other), reduction='none'),
+        softnn=lambda: soft_nn_loss(x, targ, .3, 'none', relative=True))[name]()
+
+@pytest.mark.parametrize('name', ['squared_distances', 'distances', 'own_distances', 'scaled_cosine',
+                                  'linear_cross_entropy', 'pod', 'softnn'])
+def test_a_gradient_with_a_graph_is_the_gradient(name):
+    "Where one input is made from another, each way counts once"
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64).requires_grad_()
+    plain, = torch.autograd.grad(_from_one(x, name).sum(), x)
+    graph, = torch.autograd.grad(_from_one(x, name).sum(), x, create_graph=True)
+    assert torch.allclose(plain, graph)
+    assert torch.autograd.gradcheck(lambda x: _from_one(x, name).sum(), x)

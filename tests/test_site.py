@@ -70,6 +70,22 @@ def test_sidebar_lists_each_page_once():
 
 # ---------------------------------------------------------------- the notebooks
 
+box = re.compile(r'#\| echo: false\nin_short\((.*)\)')
+
+def boxes():
+    "The cells that show verdict and cost of a loss"
+    for path in notebooks:
+        for cell in cells(path, 'code'):
+            if found := box.fullmatch(cell.source): yield path, found[1], cell
+
+@pytest.mark.parametrize('path, names, cell', boxes(), ids=[page_id(p) for p,*_ in boxes()])
+def test_box_shows_the_newest_results(path, names, cell):
+    "A result that is added later must reach the page"
+    from discloss.evidence import in_short
+    shown, = [o.data['text/markdown'] for o in cell.outputs]
+    now = in_short(*(n.strip(" '") for n in names.split(','))).data
+    assert shown == now, 'run this cell again'
+
 link_text = re.compile(r'\[([^\[\]]*)\]\(([^)\s]+)\)')
 
 @each_notebook

@@ -38,8 +38,7 @@ class _Turned(torch.autograd.Function):
         sin = square.clamp_min(eps).sqrt()
         line = u <= -cos_m
         # $\cos m+\frac u{\sqrt{1-u^2}}\sin m$; the floor of the root has no slope
-        slope = (u/sin).mul_(sin_m).add_(cos_m)
-        slope.masked_fill_(square <= eps, cos_m).masked_fill_(line, 1)
+        slope = torch.where(square <= eps, cos_m, cos_m + sin_m*(u/sin)).masked_fill_(line, 1)
         ctx.margin = margin
         ctx.save_for_backward(u, slope)
         return torch.where(line, u-margin*sin_m, u*cos_m - sin*sin_m)
@@ -48,7 +47,8 @@ class _Turned(torch.autograd.Function):
     def backward(ctx, grad):
         u, slope = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return *differentiable_grads(_turned(u, ctx.margin), (u,), grad), None
+            def turned(u): return _turned(u, ctx.margin)
+            return *differentiable_grads(turned, (u,), grad), None
         return grad*slope, None
 
 # %% ../../nbs/losses/54_arcface.ipynb #8e198ad3

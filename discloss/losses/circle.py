@@ -95,7 +95,7 @@ class _AnchorLosses(torch.autograd.Function):
     def backward(ctx, grad):
         u, pos, neg, x, pull, up_sum, push, down_sum = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            losses = _anchor_losses(u, pos, neg, ctx.scale, ctx.margin)
+            def losses(u): return _anchor_losses(u, pos, neg, ctx.scale, ctx.margin)
             return *differentiable_grads(losses, (u,), grad), None, None, None, None
         force = grad[:,None]*x.sigmoid()*ctx.scale
         grad_u = push*(force/down_sum) - pull*(force/up_sum)

@@ -76,7 +76,7 @@ class _HSIC(torch.autograd.Function):
     def backward(ctx, grad):
         weights, A, *products = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return differentiable_grads(_hsic(weights), (weights,), grad)
+            return differentiable_grads(_hsic, (weights,), grad)
         # $4M_vW_v$, with $M_vW_v=\sum_{u\ne v}HW_u\,(W_u^\top HW_v)=\sum_{u\ne v}HG_uH\,W_v$
         out = torch.zeros_like(A)
         if _few_features(A):

@@ -101,8 +101,8 @@ class GSoftmaxLoss(DiscLoss, ABC):
     def __init_subclass__(cls, **kwargs):
         "What a parent gives by hand does not fit a subclass with another curve"
         super().__init_subclass__(**kwargs)
-        new_curve = 'others' in vars(cls) and 'scaled_others' not in vars(cls)
-        if new_curve: cls.scaled_others = GSoftmaxLoss.scaled_others
+        def depth(name): return next(i for i,c in enumerate(cls.__mro__) if name in vars(c))
+        if depth('others') < depth('scaled_others'): cls.scaled_others = GSoftmaxLoss.scaled_others
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #f789e8e4
 @patch

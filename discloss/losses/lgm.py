@@ -97,8 +97,7 @@ class _UnitGaussians(torch.autograd.Function):
     def backward(ctx, grad):
         x, m, prior = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            logits = _unit_gaussians(x, m, prior)
-            return differentiable_grads(logits, (x, m, prior), grad)
+            return differentiable_grads(_unit_gaussians, (x, m, prior), grad)
         by_sample, by_class = grad.sum(1)[:,None], grad.sum(0)
         dx = (grad@m).addcmul_(x, by_sample, value=-1)
         dm = (grad.T@x).addcmul_(m, by_class[:,None], value=-1)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
 from ..core import full_precision, gather_samples, reduce_losses
-from ..heads import cosine, cross_entropy_of, own_distances, split_logits, unit
+from ..heads import by_hand, cosine, cross_entropy_of, own_distances
+from ..heads import split_logits, unit
 
 # %% ../../nbs/losses/40_pedcc.ipynb #e28173bd
 def _too_few(n, dim):
@@ -162,7 +163,8 @@ class PEDCCHead(Head):
         feats = self.embed(feats)
         directions, logits = to_centroids(feats, self.centroids, self.scale)
         if not self.training: return logits
-        return dict(logits=logits, feats=feats, directions=directions,
+        scale = directions.new_full((), self.scale)
+        return dict(logits=logits, feats=feats, directions=directions, scale=scale,
                     centroids=self.centroids.detach())
 
 # %% ../../nbs/losses/40_pedcc.ipynb #14a4d04d
@@ -186,6 +188,15 @@ class PEDCCLoss(DiscLoss):
     def separable(self): return self.root == 1 or self.lam == 0
 
     def head(self, n_in, n_out): return PEDCCHead(n_in, n_out, self.scale, self.embed, self.spread)
-    def loss(self, logits, directions, centroids, targ):
+
+    def _check_head_scale(self, scale):
+        if scale.device.type != 'cpu' or not by_hand(): return
+        if math.isclose(scale, self.scale, rel_tol=1e-3): return
+        raise ValueError(f"the head has a scale of {scale.item():g}, PEDCCLoss one of "
+                         f"{self.scale:g}: give the model the head of this loss, "
+                         "with_head(model, loss, n_out)")
+
+    def loss(self, logits, directions, centroids, scale, targ):
+        self._check_head_scale(scale)
         settings = self.scale, self.margin, self.lam, self.root
         return _pedcc(logits, directions, centroids, targ, *settings)

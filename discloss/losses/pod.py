@@ -30,15 +30,17 @@ pod_hypers = dict(
 
 # %% ../../nbs/losses/41_pod.ipynb #e95f8ed6
 def _inverse_length(feats, delta):
-    # $1/R_i$ with $R_i^2 = \lVert x_i\rVert^2+\delta^2$
+    # $1/R_i$ and $\delta^2/R_i^2$ with $R_i^2 = \lVert x_i\rVert^2+\delta^2$; at $R_i=0$ as for
+    # a feature that is orthogonal to its centroid
     square = square_norm(feats)[:,None] + delta**2
-    return torch.where(square > 0, square, 1).rsqrt()
+    inv = torch.where(square > 0, square, 1).rsqrt()
+    return inv, torch.where(square > 0, (delta*inv).square(), 1)
 
 def _by_autograd(feats, own, delta):
     "In plain formulas"
-    inv = _inverse_length(feats, delta)
+    inv, rest = _inverse_length(feats, delta)
     # $1-u_i=\frac12\big(\lVert x_i/R_i-a_{y_i}\rVert^2+\delta^2/R_i^2\big)$
-    away = (feats*inv-own).square().sum(1) + (delta*inv[:,0]).square()
+    away = (feats*inv-own).square().sum(1) + rest[:,0]
     return (away/2).square()
 
 # %% ../../nbs/losses/41_pod.ipynb #7dc6609b
@@ -46,10 +48,10 @@ class _NormAdaptive(torch.autograd.Function):
     "_by_autograd with its gradient by hand"
     @staticmethod
     def forward(ctx, feats, own, delta):
-        inv = _inverse_length(feats, delta)
+        inv, rest = _inverse_length(feats, delta)
         hat = feats*inv
         away = own-hat
-        gap = (square_norm(away)[:,None] + (delta*inv).square())/2
+        gap = (square_norm(away)[:,None] + rest)/2
         ctx.delta = delta
         ctx.save_for_backward(feats, own, inv, hat, away, gap)
         return gap.square()[:,0]
@@ -58,8 +60,8 @@ class _NormAdaptive(torch.autograd.Function):
     def backward(ctx, grad):
         feats, own, inv, hat, away, gap = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            value = _by_autograd(feats, own, ctx.delta)
-            return *differentiable_grads(value, (feats, own), grad), None
+            def losses(feats, own): return _by_autograd(feats, own, ctx.delta)
+            return *differentiable_grads(losses, (feats, own), grad), None
         # $-2(1-u_i)\,(a_{y_i}-u_i\,x_i/R_i)/R_i$, where $a-u\hat x=(a-\hat x)+(1-u)\hat x$
         factor = (2*grad)[:,None]*gap
         d_own = away*factor if ctx.needs_input_grad[1] else None
@@ -114,7 +116,7 @@ class _OffDiagonal(torch.autograd.Function):
     def backward(ctx, grad):
         v, gram, diagonal = ctx.saved_tensors
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
-            return differentiable_grads(_off_diagonal(v), (v,), grad)[0]
+            return differentiable_grads(_off_diagonal, (v,), grad)[0]
         # $4\,VV^\top V$ less $4v_{ip}\sum_jv_{jp}^2$
         dv = gram@v if ctx.few else v@gram
         return dv.addcmul_(v, diagonal, value=-1).mul_(4*grad)

@@ -87,7 +87,8 @@ class _SoftNN(torch.autograd.Function):
         t = ctx.number if temperature is None else temperature
         if torch.is_grad_enabled(): # A gradient of the gradient is asked for
             inputs = (d,) if temperature is None else (d, temperature)
-            found = differentiable_grads(_losses(d, targ, t), inputs, grad)
+            def losses(d, t=t): return _losses(d, targ, t)
+            found = differentiable_grads(losses, inputs, grad)
             return found[0], None, *(found[1:] or (None,))
         by_d = slope*(grad/-t)[:,None] if ctx.needs_input_grad[0] else None
         if by_temperature is None: return by_d, None, None
