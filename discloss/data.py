@@ -256,7 +256,8 @@ def _both_sides(size):
     sides = (size,size) if isinstance(size, Integral) else size
     whole = isinstance(sides, (tuple,list)) and all(isinstance(s, Integral) for s in sides)
     if not whole or len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"size must be a whole number, or two of them (height, width), got {size!r}")
+        raise ValueError("size must be a whole number, or two of them (height, width), "
+                         f"got {size!r}")
     return tuple(sides)
 
 def _special(path):

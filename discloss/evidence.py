@@ -216,7 +216,8 @@ def standing(
 
 def _reference(tables):
     "The accuracy of cross-entropy where it has runs"
-    said = [f"{100*t.loc['crossentropy', 'mean']:.1f}% on {places[k]}" for k,t in tables.items() if len(t)]
+    means = {k: t.loc['crossentropy', 'mean'] for k,t in tables.items() if len(t)}
+    said = [f'{100*v:.1f}% on {places[k]}' for k,v in means.items()]
     if not said: return 'The study has no run of it.'
     return f'All losses are compared with it. Tuned, its accuracy is {_and(said)}.'
 
@@ -246,7 +247,8 @@ def step_costs(
 ) -> pd.DataFrame: # Columns loss, classes, relative, device; the newest reading of each
     "What head and loss cost, relative to a linear layer with cross-entropy"
     file = Path(file or results_folder().parent/'bench.jsonl')
-    rows = pd.DataFrame(list(_lines(file)), columns=['loss', *_usual, 'classes', 'relative', 'device'])
+    columns = ['loss', *_usual, 'classes', 'relative', 'device']
+    rows = pd.DataFrame(list(_lines(file)), columns=columns)
     usual = np.logical_and.reduce([rows[k] == v for k,v in _usual.items()])
     return rows[usual].drop_duplicates(['loss', 'classes'], keep='last')
 
@@ -288,5 +290,6 @@ def in_short(
     if prices: found.append(f"**Cost.** {' '.join(prices)}")
     return Markdown('\n\n'.join([*found, _more]))
 
-_more = '[The study](../studies/20_reality_check.ipynb) and [the speed page](../studies/80_speed.ipynb) compare all losses.'
+_more = ('[The study](../studies/20_reality_check.ipynb) and '
+         '[the speed page](../studies/80_speed.ipynb) compare all losses.')
 

@@ -191,7 +191,7 @@ class PEDCCLoss(DiscLoss):
 
     def _check_head_scale(self, scale):
         if scale.device.type != 'cpu' or not by_hand(): return
-        if math.isclose(scale, self.scale, rel_tol=1e-3): return
+        if math.isclose(scale.detach(), self.scale, rel_tol=1e-3): return
         raise ValueError(f"the head has a scale of {scale.item():g}, PEDCCLoss one of "
                          f"{self.scale:g}: give the model the head of this loss, "
                          "with_head(model, loss, n_out)")
