@@ -15,14 +15,6 @@ notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not set(p.parts) & skipped
 def page_id(path): return str(path.relative_to(nbs))
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=page_id)
 
-# Pages whose cells are being rewritten: what is left of the old text may fail. The list only gets shorter.
-old_pages = set("""
-studies/10_all_losses.ipynb
-""".split())
-old = pytest.mark.xfail(reason='not rewritten yet', strict=False)
-each_new_page = pytest.mark.parametrize('path', [
-    pytest.param(p, marks=old if page_id(p) in old_pages else ()) for p in notebooks], ids=page_id)
-
 @functools.lru_cache(None)
 def cells(path, kind):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
@@ -98,7 +90,7 @@ def test_links(path):
             if target.startswith(('http:', 'https:', '#', 'mailto:')): continue
             assert (path.parent/urldefrag(target)[0]).exists(), target
 
-@each_new_page
+@each_notebook
 def test_pictures_have_words(path):
     for cell in cells(path, 'markdown'):
         assert not re.search(r'!\[\s*\]\(', cell.source), 'a picture without alternative text'
@@ -107,7 +99,7 @@ def test_pictures_have_words(path):
         if shows and 'hide' not in directives(cell):
             assert 'fig-alt' in directives(cell), f'a figure without fig-alt:\n{cell.source[:200]}'
 
-@each_new_page
+@each_notebook
 def test_lines_fit(path):
     "A page shows 88 characters; 100 is the most"
     for cell in cells(path, 'code'):
@@ -128,7 +120,7 @@ def shows_nothing(cell):
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name): name = value.func.id
     return name not in silent and not name.endswith('_') and not name.startswith(('set', 'assert'))
 
-@each_new_page
+@each_notebook
 def test_cells_have_their_output(path):
     for cell in cells(path, 'code'): assert not shows_nothing(cell), cell.source[-300:]
 
@@ -489,6 +481,5 @@ def test_pages_in_a_browser(browser, address, pages, width, dark):
     for name in pages:
         show(browser, address + name, width, dark)
         found = faults(browser.execute_script(look), width, dark, browser.get_log('browser'))
-        if name in map(html_of, old_pages): found.pop('wordless', None)
         if found: bad[name] = found
     assert not bad, json.dumps(bad, indent=1)[:5000]
