@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['CenterHead', 'square_norm', 'mean_row', 'by_hand', 'differentiable_grads', 'squared_distances', 'distances',
-           'own_distances', 'unit', 'cosine', 'scaled_cosine', 'CosineHead', 'split_logits', 'cross_entropy_of',
-           'own_and_others', 'linear_cross_entropy']
+           'own_distances', 'unit', 'cosine', 'scaled_cosine', 'CosineHead', 'check_head_scale', 'split_logits',
+           'cross_entropy_of', 'own_and_others', 'linear_cross_entropy']
 
 # %% ../nbs/01_heads.ipynb #2078525e
+import math
 from functools import partial
 
 import torch
@@ -314,6 +315,18 @@ class CosineHead(Head):
         # A view, since a leaf that goes out of a module surprises mixed precision and checkpointing
         if self.chunked: return dict(out, feats=feats, weight=self.weight.view_as(self.weight))
         return dict(logits=scaled_cosine(feats, self.weight, scale), **out)
+
+# %% ../nbs/01_heads.ipynb #addb5326
+def check_head_scale(
+    loss, # A loss with a number as scale
+    scale:Tensor, # What the head multiplied cosines by, one number
+):
+    "Raise ValueError if head and loss have different scales"
+    if scale.device.type != 'cpu' or not by_hand(): return
+    if math.isclose(scale.detach(), loss.scale, rel_tol=1e-3): return
+    raise ValueError(f"the head has a scale of {scale.item():g}, {type(loss).__name__} one of "
+                     f"{loss.scale:g}: give the model the head of this loss, "
+                     "with_head(model, loss, n_out)")
 
 # %% ../nbs/01_heads.ipynb #d84b9693
 class _SplitLogits(torch.autograd.Function):

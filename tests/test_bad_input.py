@@ -444,3 +444,6 @@ def test_command(case, tmp_path, monkeypatch, capsys, record_property):
     record_property('bad', (case, said.replace(str(tmp_path), '…')))
 
 def test_at_least_sixty(): assert len(batches) + len(catalogue) + len(commands) >= 60
+
+def test_class_weights_are_no_dict():
+    with pytest.raises(TypeError, match='in the order of the classes'): CrossEntropy(weight={0: 5., 1: 1.})

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from discloss import heads
 from discloss.heads import distances
-from discloss.losses.pod import pod_loss
+from discloss.losses.circle import CircleLoss
+from discloss.losses.pedcc import simplex
+from discloss.losses.pod import norm_adaptive_cosine_loss, pod_loss
 from discloss.losses.soft_nn import soft_nn_loss
 from discloss.specs import all_losses
 
@@ -150,3 +152,19 @@ def test_a_gradient_with_a_graph_is_the_gradient(name):
     graph, = torch.autograd.grad(_from_one(x, name).sum(), x, create_graph=True)
     assert torch.allclose(plain, graph)
     assert torch.autograd.gradcheck(lambda x: _from_one(x, name).sum(), x)
+
+def test_pod_does_not_reward_features_of_zero():
+    zero, targ, centroids = torch.zeros(1, 6), torch.tensor([0]), simplex(4, 6).float()
+    for delta in 0., 1e-3: assert norm_adaptive_cosine_loss(zero, targ, centroids, delta).item() == pytest.approx(1)
+
+def test_a_curve_of_a_mixin_counts():
+    class Straight:
+        def others(self, u): return u
+    class Mixed(Straight, CircleLoss): pass
+    class Written(CircleLoss):
+        def others(self, u): return u
+    torch.manual_seed(0)
+    head, targ = CircleLoss().head(5, 4), torch.arange(8) % 4
+    out = head(torch.randn(8, 5))
+    assert torch.equal(Mixed()(out, targ), Written()(out, targ))
+    assert not torch.allclose(Mixed()(out, targ), CircleLoss()(out, targ))

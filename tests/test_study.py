@@ -7,6 +7,7 @@ import torch
 
 from discloss import study
 from discloss.bodies import small_body
+from discloss.evidence import cost
 
 def test_frozen_features_are_of_as_many_images_as_the_tier_says(tmp_path, monkeypatch):
     asked = {}
@@ -43,3 +44,10 @@ def test_what_a_tier_is_decides_the_key_of_its_runs(change, tmp_path):
     same = key('digits', tmp_path)
     assert key('digits', tmp_path) == same
     assert key('digits', tmp_path, **changes[change]) != same
+
+def test_a_torn_reading_is_passed_over(tmp_path):
+    file = tmp_path/'bench.jsonl'
+    row = ('{"loss": "center", "batch": 256, "features": 512, "dtype": "float32", "mode": "eager", '
+           '"step": "head and loss", "classes": 1000, "relative": 1.25, "device": "cpu"}')
+    file.write_text(row + '\n\n{"loss": "cen', encoding='utf-8')
+    assert '1.25 times' in cost('center', file)

@@ -6,7 +6,8 @@ import pytest
 from discloss import tune as module
 from discloss.bodies import small_body
 from discloss.data import image_dls
-from discloss.tune import tune
+from discloss.losses.cosface import CosFaceLoss
+from discloss.tune import _defaults, search_space, tune
 
 @pytest.fixture
 def search(tmp_path, monkeypatch):
@@ -53,3 +54,7 @@ def test_a_search_that_ended_does_nothing_more(search):
 
 def test_one_is_no_plural(search):
     assert '1 epoch, 1 trial of 1 seed' in search(1, epochs=1).conditions
+
+def test_a_search_starts_without_a_scale_that_is_left_to_the_classes():
+    loss = CosFaceLoss(scale='auto')
+    assert 'scale' not in _defaults(loss, search_space(loss))

@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import DiscLoss, Number, check_inputs, full_precision, reduce_losses
-from ..heads import CosineHead, by_hand, cosine, cross_entropy_of
-from ..heads import own_and_others, split_logits
+from ..heads import CosineHead, by_hand, check_head_scale, cosine
+from ..heads import cross_entropy_of, own_and_others, split_logits
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #94447f21
 @full_precision
@@ -150,11 +150,7 @@ def _margin(self:GSoftmaxLoss, given):
 @patch
 def _check_head_scale(self:GSoftmaxLoss, scale):
     free = self.scale == 'auto' or getattr(self, 'learn_scale', False)
-    if free or scale.device.type != 'cpu' or not by_hand(): return
-    if math.isclose(scale.detach(), self.scale, rel_tol=1e-3): return
-    raise ValueError(f"the head has a scale of {scale.item():g}, "
-                     f"{type(self).__name__} one of {self.scale:g}: "
-                     "give the model the head of this loss, with_head(model, loss, n_out)")
+    if not free: check_head_scale(self, scale)
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #30e8f84a
 @patch

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import Choice, DiscLoss, Head, Number, check_hparams, check_inputs
 from ..core import full_precision, gather_samples, reduce_losses
-from ..heads import by_hand, cosine, cross_entropy_of, own_distances
+from ..heads import check_head_scale, cosine, cross_entropy_of, own_distances
 from ..heads import split_logits, unit
 
 # %% ../../nbs/losses/40_pedcc.ipynb #e28173bd
@@ -189,14 +189,7 @@ class PEDCCLoss(DiscLoss):
 
     def head(self, n_in, n_out): return PEDCCHead(n_in, n_out, self.scale, self.embed, self.spread)
 
-    def _check_head_scale(self, scale):
-        if scale.device.type != 'cpu' or not by_hand(): return
-        if math.isclose(scale.detach(), self.scale, rel_tol=1e-3): return
-        raise ValueError(f"the head has a scale of {scale.item():g}, PEDCCLoss one of "
-                         f"{self.scale:g}: give the model the head of this loss, "
-                         "with_head(model, loss, n_out)")
-
     def loss(self, logits, directions, centroids, scale, targ):
-        self._check_head_scale(scale)
+        check_head_scale(self, scale)
         settings = self.scale, self.margin, self.lam, self.root
         return _pedcc(logits, directions, centroids, targ, *settings)
