@@ -229,17 +229,18 @@ class Tier:
     classes:int = 10
     margin:float = 0.01 # Accuracies that differ by less count as equal
     lr:float|None = None # Rates from lr/10 to 3*lr are searched; None: default_lr
+    place:str = '' # The data in a sentence: 'better on ...'
 
 _narrow = partial(small_body, width=16)
 
-def _shift(name):
+def _shift(name, place):
     return Tier(f'Digits, {name}', partial(shifted_fold, shift=name), _narrow,
-                folds=5, seeds=2, trials=6)
+                folds=5, seeds=2, trials=6, place=place)
 
 def _images(name, arch, **kwargs):
     def loaders(fold, out): return image_dls(name, n_train=20_000)
-    title = dict(mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100')[name]
-    return Tier(f'{title}, 20,000 images', loaders, arch, **kwargs)
+    place = dict(mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100')[name]
+    return Tier(f'{place}, 20,000 images', loaders, arch, place=place, **kwargs)
 
 def _frozen(title, name, **kwargs):
     sizes = {k: kwargs.pop(k) for k in ('n_train', 'n_eval') if k in kwargs}
@@ -247,20 +248,22 @@ def _frozen(title, name, **kwargs):
 
 tiers = {
     'digits': Tier('Digits, nested cross-validation', digits_fold, _narrow,
-                   folds=5, seeds=4, trials=10, tries=2, margin=0.003),
+                   folds=5, seeds=4, trials=10, tries=2, margin=0.003, place='digits'),
     'flowers': _frozen('Flowers, frozen features', 'flowers12', seeds=20, epochs=15, trials=20,
-                       classes=12),
+                       classes=12, place='flowers'),
     'characters': Tier('Unseen characters', character_loaders,
                        partial(small_body, width=16, n_feats=128),
-                       folds=3, seeds=1, epochs=12, trials=4, classes=121),
-    'noise40': _shift('noise 40%'),
-    'tail': _shift('100:1'),
-    'few': _shift('ten a class'),
+                       folds=3, seeds=1, epochs=12, trials=4, classes=121, place='characters'),
+    'noise40': _shift('noise 40%', 'digits with 40% wrong labels'),
+    'tail': _shift('100:1', 'digits with 100 to 1 images a class'),
+    'few': _shift('ten a class', 'ten digits a class'),
     'cifar100_frozen': _frozen('CIFAR-100, frozen features', 'cifar100', n_train=5000, n_eval=5000,
-                               seeds=10, epochs=10, trials=8, classes=100),
-    'noise20': _shift('noise 20%'),
+                               seeds=10, epochs=10, trials=8, classes=100,
+                               place='frozen features of CIFAR-100'),
+    'noise20': _shift('noise 20%', 'digits with 20% wrong labels'),
     'finetuned': Tier('Flowers, a fine-tuned network', flower_loaders, fine_tuned, seeds=3,
-                      epochs=3, trials=3, only=few, classes=12, lr=1e-3),
+                      epochs=3, trials=3, only=few, classes=12, lr=1e-3,
+                      place='fine-tuned flowers'),
     'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, margin=0.001),
     'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4,
                        only=few),
