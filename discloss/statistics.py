@@ -339,7 +339,7 @@ def better(
 
 def _beats(d, more, alpha):
     if d is None or d.n < 3: return False
-    return (d.mean > 0) == more and p_differs(d) < alpha
+    return bool((d.mean > 0) == more and p_differs(d) < alpha)
 
 # %% ../nbs/09_statistics.ipynb #1544404e
 def winner(
