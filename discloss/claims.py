@@ -31,9 +31,8 @@ from sklearn.metrics import roc_auc_score
 from . import __version__
 from .bodies import small_body
 from .callbacks import PODSchedule
-from .comparison import counted
 from .core import find_head, training_head
-from .data import channel_stats
+from .data import channel_stats, counted
 from .evaluate import fit_scores
 from .evidence import answers, study_rows
 from .geometry import Geometry, class_moments, get_features, head_weight, ncm_accuracy

@@ -14,8 +14,7 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 
 from .core import Choice, DiscLoss, Number, Other
-from .comparison import counted
-from .data import check_data, fingerprint, image_dls
+from .data import check_data, counted, fingerprint, image_dls
 from .plot import plot_style
 from .runs import arch_name, default_arch, default_lr, loss_learner, Watch
 from .learner import quiet

@@ -286,7 +286,7 @@ def test_linked_files(tmp_path, link):
 def test_copies(tmp_path):
     make(tmp_path, 'cat', 'dog')
     (tmp_path/'cat'/'copy.png').write_bytes((tmp_path/'cat'/'0.png').read_bytes())
-    with pytest.warns(UserWarning, match='1 pictures are copies'): image_dls(tmp_path, bs=2, size=8)
+    with pytest.warns(UserWarning, match='1 duplicate of another'): image_dls(tmp_path, bs=2, size=8)
 
 def test_broken_link(tmp_path):
     make(tmp_path, 'cat', 'dog')
