@@ -275,7 +275,8 @@ class Number:
             raise TypeError(f"{name} must be {self}, got {value!r}")
         too_low = value <= self.low if self.above else value < self.low
         too_high = value >= self.high if self.below else value > self.high
-        if too_low or too_high or not math.isfinite(value) or (self.whole and value != int(value)):
+        broken = self.whole and not isinstance(value, Integral)
+        if too_low or too_high or broken or not math.isfinite(value):
             raise ValueError(f"{name} must be {self}, got {value!r}")
 
     def examples(self) -> list: # Some allowed values
@@ -324,6 +325,10 @@ def check_hparams(
 ):
     "Raise TypeError or ValueError for a hyper-parameter that is not allowed"
     if torch.compiler.is_compiling(): return # There a number can be a symbol
+    unknown = [name for name in values if name not in hypers]
+    if unknown:
+        raise TypeError(f"hyper-parameters must be declared in hypers, which has "
+                        f"{', '.join(hypers) or 'none'}, got {', '.join(unknown)}")
     for name,value in values.items():
         if not isinstance(value, Tensor): hypers[name].check(name, value)
 

@@ -6,7 +6,7 @@ __all__ = ['names', 'words', 'measures', 'named', 'results_folder', 'study_rows'
            'in_short']
 
 # %% ../nbs/27_evidence.ipynb #c35ed1da
-import json, math
+import json, math, re
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,15 @@ def results_folder() -> Path: # results/study
     return next((p/'results'/'study' for p in (here, *here.parents)
                  if (p/'settings.ini').is_file()), here/'results'/'study')
 
+def _check_run(r, file):
+    lacks = [k for k in ('label','fold','seed','setting','n','right','test') if k not in r]
+    if lacks: raise ValueError(f"{file}: a run has no {', '.join(lacks)}, it has {', '.join(r)}")
+    digits = 2*math.ceil(r['n'][2]/8)
+    if r['right'] and not re.fullmatch(f'[0-9a-f]{{{digits}}}', str(r['right'])):
+        run = f"{r['label']}, fold {r['fold']}, seed {r['seed']}"
+        raise ValueError(f"{file}: the answers of {run} must be {digits} hexadecimal digits, "
+                         f"got {r['right']!r:.60}")
+
 def study_rows(
     tier:str, # Name of a tier
     folder=None, # Folder of the results; None: results_folder
@@ -47,7 +56,9 @@ def study_rows(
     "The finished runs of a tier"
     t, folder = tiers[tier], Path(folder or results_folder())
     budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
-    rows = read_results(folder/f'{tier}.jsonl').values()
+    file = folder/f'{tier}.jsonl'
+    rows = read_results(file).values()
+    for r in rows: _check_run(r, file)
     rows = [r for r in rows if budget.items() <= r['setting'].items()]
     return list({(r['label'], r['fold'], r['seed']): r for r in rows}.values())
 
@@ -69,6 +80,8 @@ def missing(
 
 # %% ../nbs/27_evidence.ipynb #4d96fd97
 words = dict(ahead='better', behind='worse', equal='equivalent', open='not decided')
+_columns = '''mean runs difference low high p p_equal status verdict kept word compact
+unseen unseen_low unseen_high cost'''.split()
 
 def tier_table(
     tier:str, # Name of a tier
@@ -76,7 +89,7 @@ def tier_table(
 ) -> pd.DataFrame: # A row for each entry with a run; empty without runs of cross-entropy
     "Each entry against tuned cross-entropy"
     t, runs = tiers[tier], _by_entry(study_rows(tier, folder))
-    if 'crossentropy' not in runs: return pd.DataFrame()
+    if 'crossentropy' not in runs: return pd.DataFrame(columns=_columns)
     right = {k: {run: answers(r) for run,r in v.items()} for k,v in runs.items()}
     table = against(right, 'crossentropy', t.margin).rename(columns=dict(seeds='runs'))
     first = next(iter(right['crossentropy'].values()))

@@ -1,5 +1,5 @@
 "What the study asks of its data."
-import dataclasses
+import dataclasses, json
 from functools import partial
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 
 from discloss import study
 from discloss.bodies import small_body
-from discloss.evidence import cost
+from discloss.evidence import as_markdown, cost, in_words, results_folder, study_rows, tier_table
 
 def test_frozen_features_are_of_as_many_images_as_the_tier_says(tmp_path, monkeypatch):
     asked = {}
@@ -51,3 +51,26 @@ def test_a_torn_reading_is_passed_over(tmp_path):
            '"step": "head and loss", "classes": 1000, "relative": 1.25, "device": "cpu"}')
     file.write_text(row + '\n\n{"loss": "cen', encoding='utf-8')
     assert '1.25 times' in cost('center', file)
+
+def test_a_tier_without_runs_has_the_columns_of_one_with_runs(tmp_path):
+    empty = tier_table('digits', tmp_path)
+    assert list(empty.columns) == list(tier_table('characters').columns)
+    assert as_markdown(empty).startswith('| loss |')
+    assert in_words(empty) == ''
+
+@pytest.mark.parametrize('name', ['label','fold','seed','setting','n','right','test'])
+def test_a_run_that_lacks_something_is_named(name, tmp_path):
+    line = (results_folder()/'characters.jsonl').read_text(encoding='utf-8').splitlines()[3]
+    row = json.loads(line)
+    del row[name]
+    (tmp_path/'characters.jsonl').write_text(json.dumps(row)+'\n')
+    with pytest.raises(ValueError, match=f'characters.jsonl: a run has no {name}'):
+        study_rows('characters', tmp_path)
+
+@pytest.mark.parametrize('right', ['00', 'xyz', 5])
+def test_answers_that_were_cut_are_named(right, tmp_path):
+    line = (results_folder()/'characters.jsonl').read_text(encoding='utf-8').splitlines()[3]
+    row = dict(json.loads(line), right=right)
+    (tmp_path/'characters.jsonl').write_text(json.dumps(row)+'\n')
+    with pytest.raises(ValueError, match='must be 62 hexadecimal digits'):
+        study_rows('characters', tmp_path)
