@@ -1,4 +1,7 @@
 "Figures: what they show, that it can be read on light and dark ground, and what they say of data that do not fit"
+import re
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -32,6 +35,13 @@ def test_contrast_to_white_and_dark():
     for ground in 'white','#222222':
         assert contrast(ink, ground) > 3.9
         assert min(contrast(c, ground) for c in class_colors) >= 3
+
+def test_thin_lines_on_dark_pages():
+    "The site draws figures brighter on its dark pages"
+    css = (Path(__file__).parents[1]/'nbs'/'styles.css').read_text(encoding='utf-8')
+    more = float(re.search(r'body\.quarto-dark .* img .*brightness\((.*?)\)', css)[1])
+    brighter = [tuple(np.clip(np.array(to_rgb(c))*more, 0, 1)) for c in (ink, *class_colors)]
+    assert min(contrast(c, '#222222') for c in brighter) > 3.8
 
 def test_class_styles_differ():
     assert len({s['marker'] for s in class_styles(10)}) == len({s['color'] for s in class_styles(10)}) == 10

@@ -360,7 +360,7 @@ return {
   ground: luminance(getComputedStyle(document.body).backgroundColor),
   pills: all('p code, li code').filter(seen).slice(0, 40)
     .map(e => luminance(getComputedStyle(e).backgroundColor)).filter(l => l !== null),
-  faint: all('main td, main th').filter(seen).slice(0, 200).filter(e => {
+  faint: all('main td, main th, main summary, main figcaption, .breadcrumb-item').filter(seen).slice(0, 300).filter(e => {
     let ground = null; // of the cell, or of what it stands in
     for (let o = e; ground === null && o; o = o.parentElement) ground = luminance(getComputedStyle(o).backgroundColor);
     return Math.abs(luminance(getComputedStyle(e).color) - (ground ?? 1)) < 0.4;
