@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .core import (Head, LinearHead, Number, check_hparams, check_inputs,
                            full_precision, many_classes)
@@ -54,9 +55,10 @@ def mean_row(
     return z.new_full((len(z),), 1/len(z)) @ z.detach()
 
 # %% ../nbs/01_heads.ipynb #0c9ea609
-def by_hand() -> bool: # False in compilers and in torch.func, which do better with plain formulas
+def by_hand() -> bool: # False where plain formulas do better
     "Is the plain autograd of eager mode at work, so that a gradient by hand pays?"
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0: return False
+    return not torch._C._are_functorch_transforms_active()
 
 def differentiable_grads(
     f, # A function of the inputs, in plain formulas

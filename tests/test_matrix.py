@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
@@ -453,6 +454,10 @@ def functional_gradients(loss, tmp):
         assert torch.allclose(each, whole, atol=1e-9)
     h = torch.func.hessian(lambda x: value(x, y[:2]))(x[:2]).reshape(12, 12)
     assert h.isfinite().all() and torch.allclose(h, h.T, atol=1e-6*(1+h.abs().max().item()))
+    slope = torch.func.grad(lambda x: value(x, y))(x)
+    with forward_ad.dual_level(): # Last, for it moves the centers, as any training step does
+        along = forward_ad.unpack_dual(value(forward_ad.make_dual(x, x), y)).tangent
+    assert torch.allclose(along, (slope*x).sum(), atol=1e-9)
 
 @situation('class weights')
 def class_weights(loss, tmp):
