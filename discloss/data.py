@@ -27,7 +27,7 @@ from fastai.data.external import fastai_path
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW
-from fastai.torch_core import default_device, num_distrib
+from fastai.torch_core import default_device, no_random, num_distrib
 from fastai.vision.augment import RandTransform
 from fastcore.meta import method
 from fastcore.foundation import L
@@ -38,6 +38,8 @@ from torch import Tensor
 from torch.utils import data
 from torch.utils.data import ConcatDataset, Sampler, Subset, TensorDataset
 from torchvision import datasets
+
+from .store import describe, is_library, methods_of
 
 # %% ../nbs/03_data.ipynb #72838fb7
 _ten = [str(i) for i in range(10)]
@@ -1180,16 +1182,31 @@ def class_balanced(
     return dl.new(shuffle=True, drop_last=True, n=n, get_idxs=method(get_idxs))
 
 # %% ../nbs/03_data.ipynb #7dd51455
+def _init_names(c, loose=True):
+    "The parameters of a class's own `__init__`; `loose`: *args and **kwargs too"
+    if '__init__' not in vars(c) or c is object: return set()
+    try: params = [*inspect.signature(c.__init__).parameters.values()][1:]
+    except (TypeError, ValueError): return set()
+    return {p.name for p in params if loose or p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
 def _parameters(o):
     "What an object was made with: its attributes that are parameters of its `__init__`"
-    names = set()
-    for c in type(o).__mro__:
-        if '__init__' in vars(c) and c is not object:
-            try: names |= set(inspect.signature(c.__init__).parameters)
-            except (TypeError, ValueError): pass
+    names = set().union(*map(_init_names, type(o).__mro__))
     held = dict(getattr(o, '__dict__', {}))
-    held.pop('split_idx', None) # fastai changes it
+    for k in 'split_idx', '__signature__': held.pop(k, None) # fastai changes these
+    own = set().union(*(_init_names(c, False) for c in type(o).__mro__ if _is_own(c)))
+    if own - set(held): return held # Kept under other names, so all of them count
     return {k: held[k] for k in sorted(names | {'encodes','decodes'}) if k in held}
+
+def _is_own(o):
+    "Did the user write this class or function?"
+    module = getattr(o, '__module__', None) or ''
+    return module.partition('.')[0] != 'discloss' and not is_library(module)
+
+def _described(o):
+    "What a user's class or function does; what cannot be told is never the same again"
+    try: return repr(describe(o))
+    except TypeError: return os.urandom(16)
 
 def _code(c):
     "What a function does, without where it stands"
@@ -1209,9 +1226,13 @@ def _pieces(o):
     if isinstance(o, (list,tuple,L,CategoryMap)): return list(o)
     if isinstance(o, Image.Image): return [o.mode, o.size, o.tobytes()]
     if inspect.ismethod(o): return [o.__func__]
-    if inspect.isfunction(o): return _function(o)
-    if isinstance(o, type) or type(o).__module__ == 'builtins': return None
-    return [_parameters(o)]
+    if inspect.isfunction(o): return [_described(o)] if _is_own(o) else _function(o)
+    if isinstance(o, type): return [_described(o)] if _is_own(o) else None
+    if type(o).__module__ == 'builtins': return None
+    if methods := methods_of(o): return methods
+    state = [o.state_dict()] if isinstance(o, torch.nn.Module) else []
+    code = [type(o)] if _is_own(type(o)) else []
+    return [_parameters(o), *state, *code]
 
 def _add(h, o, depth=0):
     "Add a value to a hash: what it is, never where it lies"
@@ -1251,9 +1272,14 @@ def _add_dataset(h, ds):
         tfms = [t.tfms.fs for t in lists] or [getattr(ds, 'transform', None)]
         parts = files, labels, tfms
     else: parts = (ds[i] for i in range(len(ds)))
-    for o in parts: _add(h, o)
+    with no_random(reproducible=False): # The same augmentation each time
+        for o in parts: _add(h, o)
     vocab = getattr(ds, 'vocab', getattr(ds, 'classes', None))
     _add(h, None if vocab is None else list(vocab))
+
+# What a loader does differently from others of its class
+_loader_parts = """collate_fn wgts partial_n before_iter sample shuffle_fn create_item
+create_batch create_batches do_batch retain""".split()
 
 def fingerprint(
     dls, # `DataLoaders` of any kind, or an iterable of loaders
@@ -1264,6 +1290,8 @@ def fingerprint(
         names = 'bs', 'batch_size', 'shuffle', 'drop_last', 'n'
         _add(h, [type(dl), *(getattr(dl, k, None) for k in names)])
         _add(h, vars(dl).get('get_idxs') or getattr(dl, 'batch_sampler', None))
+        more = {k: vars(dl)[k] for k in _loader_parts if k in vars(dl)}
+        if more: _add(h, more)
         for event in 'after_item', 'before_batch', 'after_batch':
             _add(h, getattr(getattr(dl, event, None), 'fs', None))
         _add_dataset(h, dl.dataset)

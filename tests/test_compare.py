@@ -386,6 +386,22 @@ def test_what_cannot_be_described_is_never_reused(tmp_path):
         compare('crossentropy', out=tmp_path, cbs=lambda loss: Own(i for i in 'ab'), **quick)
         assert len(read_results(tmp_path/'results.jsonl')) == n
 
+def test_the_key_holds_modules_behind_modules(tmp_path, run):
+    "What a user's function reaches through other files of the user's"
+    (tmp_path/'pack').mkdir()
+    (tmp_path/'pack/__init__.py').write_text('')
+    (tmp_path/'front.py').write_text('import pack.deep, back')
+    (tmp_path/'use.py').write_text('import front\ndef f(x): return front.back.g(x)')
+    code = "import sys; sys.path.insert(0, '.'); import use; "
+    code += 'from discloss.store import run_key; print(run_key(use.f))'
+    found = set()
+    for deep,back in (1,1), (1,1), (2,1), (2,2):
+        (tmp_path/'pack/deep.py').write_text(f'k = {deep}')
+        (tmp_path/'back.py').write_text(f'def g(x): return {back}')
+        env = dict(PYTHONDONTWRITEBYTECODE='1')
+        found.add(run(code, cwd=tmp_path, env=env).strip())
+    assert len(found) == 3
+
 def test_another_process_finds_the_same_key(tmp_path, run):
     code = f"""
 from functools import partial

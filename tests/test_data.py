@@ -4,12 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock,
-    ImageDataLoaders, Learner, MultiCategoryBlock, RandomSplitter, Resize, accuracy,
-    aug_transforms, get_image_files, parent_label, set_seed)
+    ImageDataLoaders, Learner, MultiCategoryBlock, RandomResizedCrop, RandomSplitter,
+    Resize, TensorImage, Transform, accuracy, aug_transforms, get_image_files, parent_label,
+    set_seed)
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.transforms import v2
@@ -803,6 +805,56 @@ def test_fingerprint_of_torch(pets):
     x, y = torch.rand(9,2), torch.arange(9)
     a, b = ([DataLoader(TensorDataset(x+d, y))] for d in (0, .1))
     assert fingerprint(a) == fingerprint(a) != fingerprint(b)
+
+_factor = 1
+
+def _times(x): return x*_factor
+
+def test_fingerprint_sees_what_own_code_does(pets, monkeypatch):
+    "A transform's code, what it was made with under any name, and what it uses"
+    def own(k):
+        class Own(Transform):
+            def __init__(self, k): self._held = k
+            def encodes(self, x:TensorImage): return x*self._held
+        return Own(k)
+    def other(k):
+        class Own(Transform):
+            def __init__(self, k): self._held = k
+            def encodes(self, x:TensorImage): return x+self._held
+        return Own(k)
+    def of(*tfms):
+        loaders = block(item_tfms=Resize(8), batch_tfms=list(tfms)).dataloaders(pets, bs=8)
+        loaders.one_batch()
+        return fingerprint(loaders)
+    before = of(_times)
+    assert before == of(_times) and of(own(2)) == of(own(2))
+    monkeypatch.setitem(globals(), '_factor', 3)
+    others = of(_times), of(lambda x: x+1), of(lambda x: x+2), of(own(2)), of(own(3)), of(other(2))
+    assert len({before, *others}) == 7
+
+def test_fingerprint_sees_how_loaders_draw(pets):
+    x, n = block(item_tfms=Resize(8)), len(list(pets.rglob('*.png')))
+    def of(weights): return fingerprint(x.weighted_dataloaders(pets, weights, bs=4))
+    assert of(np.ones(n)) == of(np.ones(n)) != of(np.arange(1, n+1))
+    ds = torchvision.datasets.ImageFolder(pets)
+    a, b = ([DataLoader(ds, collate_fn=lambda o, k=k: k)] for k in (1,2))
+    assert fingerprint(a) == fingerprint(a) != fingerprint(b)
+
+def test_fingerprint_of_random_items_stays(pets):
+    "Augmentation inside of a data set is no other data set"
+    ds = torchvision.datasets.ImageFolder(pets, v2.Compose([v2.RandomCrop(6), v2.PILToTensor()]))
+    a, b = ([DataLoader(Subset(ds, range(i, 9)))] for i in (0,1))
+    state = torch.get_rng_state()
+    assert fingerprint(a) == fingerprint(a) != fingerprint(b)
+    assert torch.equal(state, torch.get_rng_state())
+
+def test_fingerprint_of_a_table(pets):
+    files = sorted(pets.rglob('*.png'))
+    rows = [(f.relative_to(pets).as_posix(), f.parent.name) for f in files]
+    df = pd.DataFrame(rows, columns=['file', 'label'])
+    def of(df): return fingerprint(ImageDataLoaders.from_df(
+        df, pets, fn_col='file', label_col='label', item_tfms=RandomResizedCrop(8), bs=4, seed=0))
+    assert of(df) == of(df) != of(df.assign(label=df.label[::-1].values))
 
 # ---- real sets
 
