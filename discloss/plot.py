@@ -317,9 +317,9 @@ def _badges(ax, spots, feats, targ, used, words, styles):
 
 # %% ../nbs/05_plot.ipynb #01e41815
 def _draw_features(ax, f, c, zero, t, styles, max_points, half, mid):
-    "Points of one panel, in square limits"
+    "Points of one panel, in square limits; those outside stand at the rim"
     some = np.sort(np.random.default_rng(0).permutation(len(f))[:max_points])
-    f,t = f[some],t[some]
+    f,t = np.clip(f[some], mid-half, mid+half),t[some]
     ax.set(xlim=(mid[0]-half, mid[0]+half), ylim=(mid[1]-half, mid[1]+half))
     ax.set_aspect('equal', adjustable='box')
     ax.axvline(zero[0,0], color=ink, alpha=0.35, lw=0.8, zorder=0)
@@ -409,6 +409,13 @@ def _class_labels(vocab, n, size, names, legend):
     if short or not badges: return words, badges, vocab
     return words, badges, [f'{w}  {o}' for w,o in zip(words, vocab)]
 
+def _common(panels, most=0.005, slack=1.25):
+    "The square of all panels; a few points far out do not stretch it"
+    points, centers = (np.concatenate(o) for o in zip(*panels))
+    inner = np.quantile(points, (most/2, 1-most/2), axis=0)
+    whole, close = _square(points, centers), _square(inner, centers)
+    return close if whole[1] > slack*close[1] else whole
+
 def _flattened(data, n, centers, share):
     "What is drawn of each panel that did not diverge, and the square around it"
     flat = {}
@@ -417,10 +424,8 @@ def _flattened(data, n, centers, share):
         c,used = _centers(k, f, t, n, centers)
         flat[k] = *_project(f, c), t.numpy(), used.tolist()
     limits = {k: _square(f, c) for k,(f,c,*_) in flat.items()}
-    if not share or not limits: return flat, limits
-    corners = [[mid-half/1.12, mid+half/1.12] for mid,half in limits.values()]
-    corners = np.concatenate(corners)
-    return flat, dict.fromkeys(limits, _square(corners, corners))
+    if share and limits: limits = dict.fromkeys(limits, _common([o[:2] for o in flat.values()]))
+    return flat, limits
 
 # %% ../nbs/05_plot.ipynb #e4d1a8a8
 def plot_features(
@@ -433,7 +438,8 @@ def plot_features(
     # Title -> a number that stands below the title; panels are sorted by it, best first
     scores:dict|None=None,
     score_name:str='accuracy', # What the scores are
-    share:bool=False, # The same limits in all panels?
+    # The same limits in all panels? Points far outside then stand at the rim, and are counted
+    share:bool=False,
     max_panels:int=12, # At most so many panels; the figure names the ones left out
     # At most so many points in a panel, a random choice that is always the same
     max_points:int=2000,
@@ -472,9 +478,11 @@ def plot_features(
                 continue
             f,c,zero,note,(xlabel,ylabel),t,_ = flat[k]
             mid,half = limits[k]
+            outside = int((np.abs(f-mid) > half).any(1).sum())
+            rim = f'{outside} at the rim' if outside else None
             _draw_features(ax, f, c, zero, t, styles, max_points, half, mid)
             if i % ncols and 'PC' not in xlabel: ylabel = None
-            _say(ax, k, ', '.join(o for o in (score,note) if o) or None, xlabel, ylabel)
+            _say(ax, k, ', '.join(o for o in (score,note,rim) if o) or None, xlabel, ylabel)
         handles = [Line2D([], [], linestyle='', markersize=5, **s) for s in styles]
         badge = 'center' if centers else 'mean'
         title = f'class, and its {badge}' if badges else 'class'

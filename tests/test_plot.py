@@ -171,6 +171,19 @@ def test_shared_limits():
     assert own[0].get_xlim() != own[1].get_xlim() and shared[0].get_xlim() == shared[1].get_xlim()
     assert shared[0].get_ylim() == shared[1].get_ylim()
 
+def test_points_far_out_do_not_stretch_shared_limits():
+    feats,targ = data(k=300)
+    far = feats.clone()
+    far[:2] *= 50
+    shared = plot_features({'far': (far,targ), 'near': (feats,targ)}, share=True)
+    alone, = plot_features({'near': (feats,targ)}).axes
+    first,second = shared.axes
+    width = np.ptp(alone.get_xlim())
+    assert np.ptp(first.get_xlim()) < 1.5*width
+    assert '2 at the rim' in [t.get_text() for t in first.texts]
+    drawn = np.concatenate([c.get_offsets() for c in first.collections])
+    assert (np.abs(drawn) <= np.abs(np.array([first.get_xlim(), first.get_ylim()])).max() + 1e-9).all()
+
 @pytest.mark.parametrize('place', [(0,0),(-1,-1)])
 @pytest.mark.parametrize('value', [np.nan,np.inf])
 def test_a_diverged_run_is_said_to_be_so_everywhere(place, value):
