@@ -120,6 +120,9 @@ def _plan(losses, rates, seeds, setup, cbs):
     runs = []
     for seed,(label,loss),lr in itertools.product(seeds, losses.items(), rates):
         extra = list(L(cbs(loss))) if cbs else []
+        for o in extra:
+            if not isinstance(o, Callback): raise TypeError(
+                f"cbs must make callbacks or None for a loss, got {o!r} for {label}")
         config = {**setup, 'lr': lr, 'seed': seed, **_loss_config(loss), **_cbs_config(extra)}
         if len(rates) > 1: label = f'{label}, lr={lr}'
         runs.append(Run(label, loss, plain(config), run_key(plain(config)), extra))
@@ -329,8 +332,10 @@ def _images(dl, index):
 def _id(dataset, i):
     "The file name of an image, or its number"
     items = getattr(dataset, 'files', None) or getattr(dataset, 'items', None)
-    item = items[i] if items is not None and len(items) > i else None
-    return str(item) if isinstance(item, (str,Path)) else f'#{i}'
+    if items is None or len(items) <= i: return f'#{i}'
+    table = hasattr(items, 'iloc') # Of pandas: the file is the first text of its row
+    row = [*items.iloc[i]] if table else [items[i]]
+    return next((str(o) for o in row if isinstance(o, (str,Path))), f'#{i}')
 
 # %% ../nbs/07_compare.ipynb #b835fffd
 def compare(
@@ -391,14 +396,22 @@ def _check_kinds(losses, data, cbs):
 
 def _try_out(losses, dls, how):
     "Find now what a loss or its head refuses; gives the multiply-adds of a batch"
-    batch = dls.one_batch()
-    *xs, y = batch
+    _check_loaders(dls)
+    *xs, y = dls.one_batch()
     for label,loss in losses.items():
         try:
             model = loss_learner(loss, dls, **how).model.to(_device(dls))
-            with torch.no_grad(): loss(model(*(x[:16] for x in xs)), y[:16])
+            with torch.no_grad(): value = loss(model(*(x[:16] for x in xs)), y[:16])
+            if value.ndim: raise ValueError("a run trains on one number a batch, so "
+                f"reduction must be 'mean' or 'sum', got {loss.reduction!r}")
         except ValueError as e: raise ValueError(f"{label}: {e}") from e
     return multiply_adds(model, xs[0])
+
+def _check_loaders(dls):
+    "Find now what would stop a run at its end"
+    for name,dl in ('training', dls.train), ('validation', dls.valid):
+        if not len(dl): raise ValueError(
+            f"the {name} loader has no batch: {len(dl.dataset)} samples make none of {dl.bs}")
 
 def _device(dls): return torch.device(dls.device or 'cpu')
 

@@ -390,7 +390,9 @@ def _class_weight(weight):
     if weight is None: return None
     if isinstance(weight, Mapping):
         raise TypeError(f"weight must be numbers in the order of the classes, got {weight!r}")
-    values = tuple(float(w) for w in weight)
+    try: values = tuple(float(w) for w in weight)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"weight must be numbers, one for each class, got {weight!r}") from e
     ok = all(0 <= w < math.inf for w in values) and sum(values) > 0
     if not ok:
         raise ValueError("weight must be numbers of at least 0, one for each class, and "

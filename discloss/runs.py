@@ -53,6 +53,9 @@ def find_arch(
         home = check_arch(arch)
         if home == 'timm': return 'cut', arch
         arch = bodies[arch] if home == 'discloss' else getattr(torchvision.models, arch)
+    if isinstance(arch, nn.Module) or not callable(arch): raise TypeError(
+        "arch must be a name or a function that makes a network, since each run needs a new "
+        f"one, got {type(arch).__name__}")
     if arch in model_meta: return 'cut', arch
     torchvisions = getattr(arch, '__module__', '').startswith('torchvision.')
     return 'whole' if torchvisions else 'body', arch

@@ -209,7 +209,17 @@ def parse_losses(
     strange = [o for _,o in found if not isinstance(o, DiscLoss)]
     if strange:
         raise TypeError(f"losses must be names or instances of DiscLoss, got {strange[0]!r}")
-    return {label or loss_label(o): o for label,o in found}
+    losses = {}
+    for label,o in found:
+        label = label or loss_label(o)
+        if not _alike(losses.setdefault(label, o), o): raise ValueError(
+            f"two different losses are called {label!r}: give a dict of label -> loss")
+    return losses
+
+def _alike(a, b):
+    "Are two losses of one label the same one?"
+    from discloss.store import run_key
+    return a is b or (type(a) is type(b) and run_key(a.hparams) == run_key(b.hparams))
 
 def _unlabelled(losses):
     spread = (_from_text(o) if isinstance(o, str) else [o] for o in losses)

@@ -31,7 +31,7 @@ from discloss.losses.pod import PODLoss
 from discloss.losses.sigma2r import Sigma2RLoss
 from discloss.losses.so_softmax import SOSoftmaxLoss
 from discloss.pruning import _save
-from discloss.specs import all_losses
+from discloss.specs import all_losses, parse_losses
 from discloss.store import append_result, read_results, write_whole
 from discloss.tune import tune
 
@@ -449,3 +449,21 @@ def test_at_least_sixty(): assert len(batches) + len(catalogue) + len(commands) 
 
 def test_class_weights_are_no_dict():
     with pytest.raises(TypeError, match='in the order of the classes'): CrossEntropy(weight={0: 5., 1: 1.})
+
+@pytest.mark.parametrize('weight', ['balanced', 3, True, torch.ones(3,3), ['a','b'], [None,1.]])
+def test_class_weights_are_numbers(weight):
+    with pytest.raises(TypeError, match='weight must be numbers, one for each class'):
+        CrossEntropy(weight=weight)
+
+def test_two_losses_of_one_label():
+    "None is dropped without a word"
+    class OwnLoss(CenterLoss): pass
+    class Other(CenterLoss): name = 'own'
+    for losses in [OwnLoss(), Other()], ['center', type('CenterLoss', (CenterLoss,), {})()]:
+        with pytest.raises(ValueError, match='two different losses are called'): parse_losses(losses)
+    a, b = torch.ones(12), torch.ones(12)
+    b[-1] = 2
+    assert list(parse_losses('center,center')) == ['center']
+    assert len(parse_losses([CenterLoss(weight=a), CenterLoss(weight=a.clone())])) == 1
+    assert len(parse_losses([CenterLoss(weight=a), CenterLoss(weight=b)])) == 2
+    assert list(parse_losses(dict(a=OwnLoss(), b=Other()))) == ['a', 'b']

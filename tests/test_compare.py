@@ -4,13 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import params
+from fastai.vision.data import ImageDataLoaders
 from matplotlib.axes import Axes
 from matplotlib.legend import Legend
 from matplotlib.text import Text
+from PIL import Image
 from scipy.stats import binom
 
 import discloss.runs as runs
@@ -385,6 +388,36 @@ def test_what_cannot_be_described_is_never_reused(tmp_path):
     for n in 1,2:
         compare('crossentropy', out=tmp_path, cbs=lambda loss: Own(i for i in 'ab'), **quick)
         assert len(read_results(tmp_path/'results.jsonl')) == n
+
+def pictures(folder, **kwargs):
+    "Loaders of 16 pictures named in a table"
+    rows = [(f'{i}.png', 'ab'[i%2]) for i in range(16)]
+    for name,_ in rows:
+        noise = np.random.default_rng(len(name)).integers(0, 255, (8,8,3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder/name)
+    df = pd.DataFrame(rows, columns=['file','label']).sample(frac=1, random_state=0)
+    how = dict(fn_col='file', label_col='label', bs=4, seed=0, num_workers=0)
+    return ImageDataLoaders.from_df(df, folder, **{**how, **kwargs})
+
+def test_worst_images_of_a_table_have_names(tmp_path):
+    dls = pictures(tmp_path, valid_pct=0.5)
+    cmp = compare('crossentropy', dls, 'small_body', epochs=1, seeds=1, show=False)
+    names = dls.valid_ds.items.file.tolist()
+    assert [*cmp.worst['ids']] == [names[i] for i in cmp.worst['index']]
+
+def test_what_would_stop_a_run_stops_before_it(tmp_path, monkeypatch):
+    import discloss.compare
+    monkeypatch.setattr(sys.modules['discloss.compare'], 'run_loss', None)
+    def said(losses='center', dls='digits', error=ValueError, **kwargs):
+        with pytest.raises(error) as e: compare(losses, dls, epochs=1, seeds=1, **kwargs)
+        return str(e.value)
+    dls = pictures(tmp_path, valid_pct=0.)
+    assert 'validation loader has no batch: 0 samples' in said(dls=dls, arch='small_body')
+    dls = pictures(tmp_path, valid_pct=0.5, bs=64)
+    assert '8 samples make none of 64' in said(dls=dls, arch='small_body')
+    assert "got 'none'" in said([CenterLoss(reduction='none')])
+    assert 'needs a new one, got Linear' in said(error=TypeError, arch=torch.nn.Linear(2,2))
+    assert 'got 3 for center' in said(error=TypeError, cbs=lambda loss: 3)
 
 def test_the_key_holds_modules_behind_modules(tmp_path, run):
     "What a user's function reaches through other files of the user's"
