@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['narrow', 'plain_digits', 'pulled', 'by_rate', 'scales', 'by_scale', 'experiments', 'studies', 'derived', 'words',
-           'in_points', 'D', 'S', 'T', 'G', 'U', 'faces', 'in_chapter', 'large', 'odd_kinds', 'other_scores', 'claims',
+           'in_points', 'odd_kinds', 'score_names', 'D', 'S', 'T', 'G', 'U', 'faces', 'in_chapter', 'large', 'claims',
            'train', 'in_order', 'class_cosines', 'measure', 'on_training', 'curve', 'plainly', 'of_heads',
            'of_centroids', 'of_the_head', 'Spread', 'pull', 'matched', 'spreading', 'without_class', 'attacked',
            'abnormal', 'bits', 'explained', 'relations', 'attending', 'sphere', 'variants', 'Experiment', 'sgd',
-           'of_study', 'read_runs', 'values', 'compared', 'means', 'Found', 'n_runs', 'called', 'show_difference',
-           'Versus', 'Equal', 'Alone', 'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'claims_table',
-           'run_arm', 'recipe', 'key_of', 'plan', 'main']
+           'of_study', 'read_runs', 'values', 'compared', 'means', 'Found', 'n_runs', 'called', 'arm_name', 'rounded',
+           'show_difference', 'Versus', 'Equal', 'Alone', 'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of',
+           'claims_table', 'run_arm', 'recipe', 'key_of', 'plan', 'main']
 
 # %% ../nbs/studies/22_claims.ipynb #6efc70d4
 import argparse, math, time
@@ -34,7 +34,7 @@ from .callbacks import PODSchedule
 from .core import find_head, training_head
 from .data import channel_stats, counted
 from .evaluate import fit_scores
-from .evidence import answers, study_rows
+from .evidence import answers, named, study_rows
 from .geometry import Geometry, class_moments, get_features, head_weight, ncm_accuracy
 from .heads import unit
 from .learner import quiet
@@ -428,10 +428,14 @@ words = dict(
     ratio_falls='fall of the variance ratio, second half of training (logarithm)',
     last_raw='variance within classes, last epochs', last_ratio='variance ratio, last epochs',
     alike='likeness of two classifiers (CKA)', correlation='mean absolute correlation',
-    explained='variance explained by the class', feature_explained='that of the features',
-    bits='bits about the class', feature_bits='that of the features',
+    explained='variance explained by the class',
+    feature_explained='variance of the features explained',
+    bits='bits about the class', feature_bits='bits of the features',
     eer='equal error rate', mAP='mean average precision')
 in_points = 'accuracy', 'early', 'gap', 'rare', 'eer', 'gain'
+odd_kinds = {'unseen': 'an unseen class', 'FGSM 0.1': 'small attacks', 'FGSM 0.5': 'large attacks'}
+score_names = {'likelihood': 'the likelihood', 'max softmax': 'the largest probability',
+               'neighbours': 'the distance to neighbours'}
 
 @dataclass(frozen=True)
 class Found:
@@ -447,15 +451,29 @@ def n_runs(n): return counted(n, 'run')
 def called(name):
     "A number in words"
     kind, _, score = name.partition(', ')
-    return f'AUROC of {score} ({kind})' if score else words.get(name, name)
+    if not score: return words.get(name, name)
+    return f'AUROC of {score_names[score]} for {odd_kinds[kind]}'
+
+def arm_name(label):
+    "An arm in words, in italics"
+    loss, comma, rest = label.partition(',')
+    return f'*{named(loss)}{comma}{rest}*'
+
+def rounded(*numbers, half):
+    "Numbers with as many digits as the half width of their interval supports"
+    digits = 3 if not half > 0 else max(0, 1-math.floor(math.log10(half)))
+    digits = min(digits, 6)
+    return [f'{round(x, digits)+0.:.{digits}f}'.replace('-', '−') for x in numbers]
 
 def show_difference(a, b, d, name):
     "Two means and their difference with its interval"
     low, high = interval(d)
-    if name in in_points:
-        said = f'{100*a:.2f}% against {100*b:.2f}%: {100*d.mean:+.2f} points'
-        return f'{said} ({100*low:+.2f} to {100*high:+.2f})'
-    return f'{a:.3g} against {b:.3g}: {d.mean:+.2g} ({low:+.2g} to {high:+.2g})'
+    unit = 100 if name in in_points else 1
+    percent, points = ('%', ' points') if unit == 100 else ('', '')
+    numbers = [unit*v for v in (a, b, d.mean, low, high)]
+    a, b, mean, low, high = rounded(*numbers, half=unit*(high-low)/2)
+    mean, low, high = (v if v[0] == '−' else f'+{v}' for v in (mean, low, high))
+    return f'{a}{percent} against {b}{percent}: {mean}{points} ({low} to {high})'
 
 @dataclass(frozen=True)
 class Versus:
@@ -479,10 +497,11 @@ class Versus:
         "What was compared, in words"
         a, b = self.arms(runs)
         n, title = len(a.keys() & b.keys()), (experiments | studies)[self.experiment].title
-        other = f'{called(self.name_b)}, {self.b}' if self.name_b else self.b
-        comma = ',' if self.name_b else ''
-        pair = f'{called(self.name)}, {self.a}{comma} against {other}'
-        return f'{title}, {n_runs(n)} each: {pair}'
+        first, second = arm_name(self.a), arm_name(self.b)
+        pair = f'{called(self.name)}: {first} against {second}'
+        if self.name_b:
+            pair = f'{called(self.name)} ({first}) against {called(self.name_b)} ({second})'
+        return f'{title}, {n_runs(n)} each. {pair[0].upper()}{pair[1:]}'
 
     def __call__(self, runs):
         d = self.difference(runs)
@@ -500,15 +519,19 @@ class Equal:
         e = (experiments | studies)[self.experiment]
         arms = [compared(runs, self.experiment, k) for k in self.arms]
         n = len(set(arms[0]).intersection(*arms[1:]))
-        how = f"{e.title}, {n_runs(n)} each: {', '.join(self.arms)}"
+        names = '; '.join(map(arm_name, self.arms))
+        points = f'{100*self.margin:g} point' + 's'*(self.margin != .01)
+        how = f"{e.title}, {n_runs(n)} each. Accuracy, equal within {points}: {names}"
         if n < 3: return Found(how, verdict='not run yet')
         said = means(*arms)
         best, worst = arms[np.argmax(said)], arms[np.argmin(said)]
         d = paired_runs(best, worst, e.ratio)
-        numbers = f'{100*min(said):.2f}% to {100*max(said):.2f}%'
-        if p_equal(d, self.margin) < 0.05: return Found(how, numbers, 'confirmed here')
+        half = np.diff(interval(d))[0]/2
+        low, high = rounded(100*min(said), 100*max(said), half=100*half)
+        numbers = f'{low}% to {high}%'
+        if p_equal(d, self.margin) < 0.05: return Found(how, numbers, 'confirmed')
         sure = interval(d)[0] > self.margin
-        return Found(how, numbers, 'contradicted' if sure else 'not confirmed')
+        return Found(how, numbers, 'contradicted' if sure else 'not decided')
 
 # %% ../nbs/studies/22_claims.ipynb #700dda16
 @dataclass(frozen=True)
@@ -522,20 +545,23 @@ class Alone:
     what:str = '' # In words
     def __call__(self, runs):
         v = values(runs, self.experiment, self.arm, self.name)
-        how = f'{experiments[self.experiment].title}, {n_runs(len(v))}: {self.what}'
+        title = experiments[self.experiment].title
+        how = f'{title}, {n_runs(len(v))}. {self.what[0].upper()}{self.what[1:]}'
         if len(v) < 3: return Found(how, verdict='not run yet')
         d = paired(v, 0*v, experiments[self.experiment].ratio)
         low, high = interval(d)
-        said = f'{d.mean:.3g} ({low:.3g} to {high:.3g})'
-        if self.low <= low and high <= self.high: return Found(how, said, 'confirmed here')
+        mean, least, most = rounded(d.mean, low, high, half=(high-low)/2)
+        said = f'{mean} ({least} to {most})'
+        if high < 1e-9: said = 'below 10⁻⁹'
+        if self.low <= low and high <= self.high: return Found(how, said, 'confirmed')
         outside = high < self.low or low > self.high
-        return Found(how, said, 'contradicted' if outside else 'not confirmed')
+        return Found(how, said, 'contradicted' if outside else 'not decided')
 
 @dataclass(frozen=True)
 class Untested:
     "A claim that this page does not test"
     why:str # In words
-    verdict:str = 'not testable here'
+    verdict:str = 'not tested'
     def __call__(self, runs): return Found(self.why, verdict=self.verdict)
 
 def sensitivity(runs, loss):
@@ -548,8 +574,8 @@ def steadier(runs):
     "Does Circle depend less on its scale than CosFace does?"
     a, b = (sensitivity(runs, k) for k in ('Circle', 'CosFace'))
     low, high = min(scales), max(scales)
-    how = (f'Digits, {n_runs(len(a))} each: test loss, worst minus best of the scales '
-           f'{low} to {high}, Circle against CosFace')
+    how = (f'Digits, {n_runs(len(a))} each. Test loss, worst minus best of the '
+           f'scales {low} to {high}: {arm_name("Circle")} against {arm_name("CosFace")}')
     if len(a) < 3 or len(b) < 3: return Found(how, verdict='not run yet')
     d = paired(a, b, experiments['scale'].ratio)
     said = show_difference(a.mean(), b.mean(), d, 'loss')
@@ -572,12 +598,8 @@ def of(paper, loss, page, *pairs):
 
 D, S, T, G, U = 'digits', 'spread', 'tail', 'study digits', 'study characters'
 faces = Untested('no face data here')
-in_chapter = Untested('tested on the page of the loss', 'see its page')
+in_chapter = Untested('in the chapter of the loss', 'in its chapter')
 large = Untested('needs larger sets and networks; the study has what was run')
-
-odd_kinds = {'unseen': 'an unseen class', 'FGSM 0.1': 'small attacks', 'FGSM 0.5': 'large attacks'}
-other_scores = {'max softmax': 'the largest probability',
-                'neighbours': 'the distance to neighbours'}
 
 claims = [
     *of('Label smoothing (2016)', 'crossentropy', 'losses/00_cross_entropy.ipynb',
@@ -734,11 +756,12 @@ claims = [
          Versus(D, 'L-GM', 'L-GM, no likelihood', 'variance_ratio', False)),
         *((f'the likelihood tells {what} apart at all',
            Alone('open', 'L-GM', f'{kind}, likelihood', low=.5,
-                 what=f'AUROC of likelihood ({kind}), to be above 0.5'))
+                 what=f'{called(kind+", likelihood")}, to be above 0.5'))
           for kind,what in odd_kinds.items()),
         *((f'the likelihood tells {what} apart, better than {rival}',
            Versus('open', 'L-GM', 'L-GM', f'{kind}, likelihood', name_b=f'{kind}, {score}'))
-          for kind,what in odd_kinds.items() for score,rival in other_scores.items()),
+          for kind,what in odd_kinds.items()
+          for score,rival in score_names.items() if score != 'likelihood'),
         ('the likelihood tells an unseen class apart, better than neighbours with cross-entropy',
          Versus('open', 'L-GM', 'cross-entropy', 'unseen, likelihood',
              name_b='unseen, neighbours')),
@@ -792,7 +815,7 @@ claims = [
 # %% ../nbs/studies/22_claims.ipynb #dd43fff7
 def claims_table(
     path='results/claims.jsonl', # What the command wrote
-) -> pd.DataFrame: # paper, loss, claim, how, numbers, verdict, page; a row for each claim
+) -> pd.DataFrame: # A row for each claim; p is after Holm
     "All claims with their numbers and verdicts"
     runs = read_runs(path)
     def row(c): return dict(paper=c.paper, loss=c.loss, claim=c.text, page=c.page)
@@ -801,10 +824,10 @@ def claims_table(
     table['p'] = table.groupby('paper').p.transform(holm)
     def decided(row):
         if isinstance(row.verdict, str): return row.verdict
-        if not row.p < 0.05: return 'not confirmed'
-        return 'confirmed here' if row.agrees else 'contradicted'
+        if not row.p < 0.05: return 'not decided'
+        return 'confirmed' if row.agrees else 'contradicted'
     table['verdict'] = table.apply(decided, axis=1)
-    return table[['paper', 'loss', 'claim', 'how', 'numbers', 'verdict', 'page']]
+    return table[['paper', 'loss', 'claim', 'how', 'numbers', 'p', 'verdict', 'page']]
 
 # %% ../nbs/studies/22_claims.ipynb #4a982c4c
 def run_arm(

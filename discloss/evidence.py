@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['names', 'words', 'measures', 'named', 'results_folder', 'study_rows', 'answers', 'missing', 'tier_table',
            'column_winners', 'signed', 'listed', 'in_words', 'as_markdown', 'standing', 'step_costs', 'cost',
-           'in_short']
+           'in_short', 'decided', 'is_better', 'claims_here']
 
 # %% ../nbs/27_evidence.ipynb #c35ed1da
 import json, math, re
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from .statistics import against, interval, keeps_up, paired, winner
+from .statistics import against, better, interval, keeps_up, p_differs, paired, winner
 from .store import read_results
 from .study import plan, right_of, tiers
 
@@ -298,3 +298,45 @@ def in_short(
 _more = ('[The study](../studies/20_reality_check.ipynb) and '
          '[the speed page](../studies/80_speed.ipynb) compare all losses.')
 
+
+# %% ../nbs/27_evidence.ipynb #1770b7d4
+def decided(
+    yes:bool, # Do the numbers say what the claim says?
+    no:bool=False, # Do they say the opposite?
+) -> str: # confirmed, contradicted or not decided, in bold
+    "The verdict on a claim"
+    if yes: return '**confirmed**'
+    return '**contradicted**' if no else '**not decided**'
+
+# %% ../nbs/27_evidence.ipynb #90d089a9
+def is_better(
+    a, # Scores of one entry, one for each seed
+    b, # Scores of its rival for the same seeds
+    more:bool=True, # Is more better?
+    digits:int=4, # Of the means
+    where:str='', # Is said after the verdict, for example 'on digits'
+) -> str: # A verdict, both means, and the p-value over seeds
+    "The verdict on the claim that a is better than b"
+    word = decided(better(a, b, more), better(b, a, more))
+    word = ' '.join(filter(None, [word, where]))
+    means = f'{np.mean(a):.{digits}f} against {np.mean(b):.{digits}f}'
+    return f'{word}: {means}, {_sure(a, b)}'
+
+def _sure(a, b):
+    if len(a) < 3: return f'{len(a)} run' + 's'*(len(a) > 1)
+    p = p_differs(paired(a, b))
+    return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
+
+# %% ../nbs/27_evidence.ipynb #8e56821b
+def claims_here(
+    rows:dict, # A claim -> what was found
+) -> Markdown:
+    "The claims of a paper and what was found, for its chapter"
+    lines = [f'| {claim} | {here} |' for claim,here in rows.items()]
+    return Markdown('\n'.join(['| claim | here |', '|---|---|', *lines, '', _how_decided]))
+
+_how_decided = (
+    'Where a p-value stands, it decides: a paired test over the seeds of this page, with a level '
+    'of 5%. Otherwise the numbers of the row decide. '
+    '[Claims and verdicts](../studies/22_claims.ipynb) tries the claims of all papers alike, with '
+    'more runs.')
