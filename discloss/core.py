@@ -426,9 +426,16 @@ def forward(self:DiscLoss,
         given = _snapshots(outs) if moves and torch.compiler.is_compiling() else outs
         losses = self.loss(targ=targ, **{k: given[k] for k in self._loss_takes if k in outs})
         if moves and not torch._C._are_functorch_transforms_active(): self._move(outs, targ)
+    if getattr(losses, 'shape', None) != targ.shape: raise _wrong_losses(self, losses, targ)
     self._check_losses(losses, outs)
     weights = None if self._weight is None else self._weight.to(losses)[targ]
     return reduce_losses(losses, self.reduction, weights)
+
+def _wrong_losses(loss, losses, targ):
+    got = getattr(losses, 'shape', None)
+    came = type(losses).__name__ if got is None else f'shape {tuple(got)}'
+    return ValueError(f"{type(loss).__name__}.loss must give one value for each sample, shape "
+                      f"({len(targ)},), got {came}")
 
 @patch
 def _move(self:DiscLoss, outs, targ):
@@ -785,10 +792,10 @@ def with_head(
     _check_kinds(model, loss, n_out)
     model = _copy(model)
     if layer is None and _is_bare_body(model):
-        return nn.Sequential(model, loss.head(model.n_feats, n_out))
+        return nn.Sequential(model, _head_of(loss, model.n_feats, n_out))
     name = _find(model, layer, x)
     old = model.get_submodule(name)
-    head = _like(old, loss.head(_n_in(name, old), n_out))
+    head = _like(old, _head_of(loss, _n_in(name, old), n_out))
     _warn_embedding(name, old, n_out, layer)
     if name == '': return head
     _replace(model, old, head)
@@ -805,6 +812,12 @@ def _check_kinds(model, loss, n_out):
         raise TypeError(f"with_head needs a model, an nn.Module, got {type(model).__name__}")
     if not isinstance(n_out, Integral):
         raise TypeError(f"n_out must be a whole number, got {n_out!r}")
+
+def _head_of(loss, n_in, n_out):
+    head = loss.head(n_in, n_out)
+    if isinstance(head, nn.Module): return head
+    raise TypeError(f"{type(loss).__name__}.head must return a module, "
+                    f"got {type(head).__name__}")
 
 def _copy(model):
     "A deep copy, without the graphs of tensors that a forward pass left in the model"

@@ -16,7 +16,7 @@ from discloss.callbacks import PODSchedule
 from discloss.compare import compare
 from discloss.comparison import save_outputs
 from discloss.contract import check_loss
-from discloss.core import with_head
+from discloss.core import DiscLoss, with_head
 from discloss.data import ImageTensors, class_balanced, image_dls, labels_of, load_arrays, to_pixels
 from discloss.geometry import Geometry, GeometryCallback, get_features
 from discloss.learner import disc_learner
@@ -467,3 +467,21 @@ def test_two_losses_of_one_label():
     assert len(parse_losses([CenterLoss(weight=a), CenterLoss(weight=a.clone())])) == 1
     assert len(parse_losses([CenterLoss(weight=a), CenterLoss(weight=b)])) == 2
     assert list(parse_losses(dict(a=OwnLoss(), b=Other()))) == ['a', 'b']
+
+@pytest.mark.parametrize('gives, came', [
+    (lambda ce: ce.mean(), r'shape \(\)'), (lambda ce: ce[:3], r'shape \(3,\)'),
+    (lambda ce: ce[:,None], r'shape \(8, 1\)'), (lambda ce: (ce, ce), 'tuple'),
+    (lambda ce: None, 'NoneType')])
+def test_own_loss_gives_one_value_a_sample(gives, came):
+    "Else class weights and reductions would mean something else, without a word"
+    class Own(DiscLoss):
+        def loss(self, logits, targ):
+            return gives(F.cross_entropy(logits, targ, reduction='none'))
+    with pytest.raises(ValueError, match=r'Own.loss must give one .* \(8,\), got ' + came):
+        Own(weight=[1.,2.])(torch.randn(8,2), torch.arange(8)%2)
+
+def test_own_head_is_a_module():
+    class Own(CrossEntropy):
+        def head(self, n_in, n_out): self.made = n_in
+    with pytest.raises(TypeError, match='Own.head must return a module, got NoneType'):
+        with_head(small_body(), Own(), 10)
