@@ -283,7 +283,12 @@ def bench(
     out=None, # A file for results, one JSON line each; None: none is written
 ) -> pd.DataFrame: # A row for each loss and size
     "Measure losses against a linear layer with cross-entropy"
-    names = list(names or {**all_losses(), **variants})
+    known = {**all_losses(), **variants}
+    unknown = [n for n in names or () if n not in known]
+    if unknown: raise ValueError(f"unknown losses {', '.join(unknown)}: known are "
+                                 f"{', '.join(known)}")
+    if rounds < 2: raise ValueError(f"rounds must be at least 2, got {rounds}")
+    names = list(names or known)
     device, kind = torch.device(device or default_device()), getattr(torch, dtype)
     table = []
     for size in ((128, 512, 100),) if resnet else sizes:
@@ -315,13 +320,17 @@ def growth(
     return table.groupby('loss')[[by, 'seconds']].apply(slope).rename(f'power of {by}')
 
 # %% ../nbs/26_bench.ipynb #f1725468
+def _several(text):
+    if text.isdecimal() and int(text) > 1: return int(text)
+    raise argparse.ArgumentTypeError(f'must be a whole number of at least 2, got {text}')
+
 def _parser():
     p = argparse.ArgumentParser(
         prog='python -m discloss.bench',
         description='Measure what losses cost, against a linear layer with cross-entropy.')
     p.add_argument('losses', nargs='*', help='names of losses; none: all')
     for k,v in dict(classes=1000, batch=256, features=512).items():
-        p.add_argument(f'--{k}', type=int, nargs='+', default=[v])
+        p.add_argument(f'--{k}', type=_several, nargs='+', default=[v], help='at least 2')
     p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
     p.add_argument('--compiled', action='store_true', help='torch.compile head and loss')
     p.add_argument('--whole', action='store_true', help='no logits in chunks')
@@ -341,7 +350,8 @@ def main(args=None):
     sizes = list(itertools.product(a.batch, a.features, a.classes))
     mode = 'compiled' if a.compiled else 'whole' if a.whole else 'eager'
     settings = a.dtype, mode, a.resnet, a.parts, a.rounds, a.device, a.out
-    table = bench(a.losses, sizes, *settings)
+    try: table = bench(a.losses, sizes, *settings)
+    except ValueError as e: raise SystemExit(f'python -m discloss.bench: {e}') from None
     show = table[['loss', 'batch', 'features', 'classes', 'seconds', 'relative', 'peak_bytes']]
     order = ['batch', 'features', 'classes', 'relative']
     print(show.sort_values(order).to_string(index=False))

@@ -43,7 +43,7 @@ from .losses.gsoftmax import gsoftmax_loss
 from .losses.pedcc import PEDCCHead, from_centroid
 from .losses.pod import PODHead
 from .runs import Watch, device_name, loss_learner, versions
-from .specs import parse_loss
+from .specs import parse_loss, read_minutes
 from .statistics import holm, interval, p_differs, p_equal, paired, paired_runs
 from .store import append_result, plain, read_results, run_key
 from .study import digits_fold, shifted_fold, tensor_loaders, tiers
@@ -868,7 +868,7 @@ def main(args=None):
     parser = argparse.ArgumentParser(prog='python -m discloss.claims', description=about)
     parser.add_argument('names', nargs='*', help=f"of {', '.join(experiments)}; none: all")
     parser.add_argument('--out', default='results/claims.jsonl', help='file of the results')
-    parser.add_argument('--minutes', type=float, default=math.inf,
+    parser.add_argument('--minutes', type=read_minutes, default=math.inf,
                         help='begin no run after so many minutes')
     given, began = parser.parse_args(args), time.monotonic()
     unknown = set(given.names)-set(experiments)

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['Entry', 'loss_index', 'loss_name', 'loss_class', 'all_losses', 'did_you_mean', 'find_loss', 'read_spec', 'sweep',
-           'parse_loss', 'loss_label', 'parse_losses', 'read_specs', 'check_budget', 'read_seeds', 'read_rates',
-           'names_in', 'registered', 'check_arch']
+           'parse_loss', 'loss_label', 'parse_losses', 'read_specs', 'check_budget', 'read_seeds', 'read_minutes',
+           'read_rates', 'names_in', 'registered', 'check_arch']
 
 # %% ../nbs/10_specs.ipynb #bfa68e79
-import ast, difflib, importlib, importlib.util, itertools, math, pkgutil, re
+import argparse, ast, difflib, importlib, importlib.util, itertools, math, pkgutil, re
 from collections import namedtuple
 from functools import lru_cache
 from numbers import Integral
@@ -265,6 +265,15 @@ def read_seeds(
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different whole numbers, got {seeds}")
     return [int(s) for s in seeds]
+
+def read_minutes(
+    text:str, # A number of at least 0
+) -> float:
+    "Minutes of a command, for argparse"
+    try: value = float(text)
+    except ValueError: value = math.nan
+    if 0 <= value < math.inf: return value
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
 
 def read_rates(
     lr, # A learning rate, 'find', a list of rates, or their text '1e-2,1e-3'

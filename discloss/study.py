@@ -29,7 +29,7 @@ from .geometry import get_features
 from .runs import arch_name, default_lr, device_name, run_loss, versions
 from .losses.cross_entropy import CrossEntropy
 from .metric import references
-from .specs import all_losses, loss_label
+from .specs import all_losses, loss_label, read_minutes
 from .store import append_result, claim, plain, read_results, run_key
 from .tune import tune
 
@@ -421,11 +421,6 @@ def _shard(text):
         raise argparse.ArgumentTypeError(f'shard must be i/n with i in 1..n, got {text}')
     return i, n
 
-def _minutes(text):
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f'minutes must be a number of at least 0, got {text}')
-    return float(text)
-
 def main(args=None):
     "The command python -m discloss.study"
     about = 'Run tiers of the study; finished runs are not done again.'
@@ -435,7 +430,7 @@ def main(args=None):
     parser.add_argument('--out', default='results/study', help='folder of the results')
     parser.add_argument('--shard', type=_shard, default=(1,1),
                         help='i/n: the i-th of n parts, for several machines')
-    parser.add_argument('--minutes', type=_minutes,
+    parser.add_argument('--minutes', type=read_minutes,
                         help='begin no run after so many minutes, shared evenly by the tiers')
     given = parser.parse_args(args)
     if default_device().type == 'cpu': torch.set_num_threads(1)
