@@ -268,7 +268,7 @@ def trouble(
     found:bool=False, # Did a search find it?
 ) -> str|None: # A sentence, or None if it learned
     "What to say of a run that did not learn"
-    rate, search = f'{lr:.2g}', '' if found else ", or 'find'"
+    rate, search = f'{lr:.3g}', '' if found else ", or 'find'"
     if found: rate += ', which the search found'
     why = f"{label} diverged, its loss was not finite"
     if diverged: return f"{why}: try a smaller learning rate than {rate}{search}"
