@@ -76,7 +76,7 @@ class GSoftmaxLoss(DiscLoss, ABC):
         sample=Number(0, 1, above=True, optional=True))
     def __init__(self,
         scale:float|str=30., # Of the logits, positive; 'auto': auto_scale. 30 as in AM-softmax
-        sample:float|None=None, # Share of the classes compared with, besides the batch's; None: all
+        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):
@@ -164,7 +164,7 @@ def _in_chunks(self:GSoftmaxLoss, scale, targ, feats, weight, lots):
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #58832f03
 def _sampled(weight, targ, lots, sample):
-    "Weights of the batch's classes and of a random share of the others, and the labels among them"
+    "Weights of the batch's classes and of some random others, and the labels among them"
     n = max(math.ceil(sample*len(weight)), min(len(targ)+1, len(weight))) # One other class at least
     # The batch's classes draw the highest lots
     rows = lots.index_fill(0, targ, 2.).topk(n, sorted=False).indices.sort().values
