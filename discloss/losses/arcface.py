@@ -98,7 +98,7 @@ class ArcFaceLoss(GSoftmaxLoss):
         scale:float|str=30., # Of the logits, positive, or 'auto'. The paper takes 64 for faces
         margin:float|str=0.5, # Radians in [0, pi/2]; 'auto': arcface_margin. The paper's
         straight:bool=False, # Take the slope as 1, as arcface_torch does?
-        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
+        sample:float|None=None, # Share of classes to compare with, also the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):

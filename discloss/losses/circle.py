@@ -50,7 +50,7 @@ class CircleLoss(GSoftmaxLoss):
     def __init__(self,
         scale:float|str=30., # Of the logits, positive, or 'auto'. The paper takes 256 for faces
         margin:float=0.25, # In (0, 1). The paper's for faces
-        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
+        sample:float|None=None, # Share of classes to compare with, also the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):

@@ -53,7 +53,7 @@ class CosFaceLoss(GSoftmaxLoss):
     def __init__(self,
         scale:float|str=30., # Of the logits, positive, or 'auto'. 30 as in AM-softmax
         margin:float|str=0.35, # In [0, 2]; 'auto': cosface_margin. 0.35 as in AM-softmax
-        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
+        sample:float|None=None, # Share of classes to compare with, also the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):

@@ -76,7 +76,7 @@ class GSoftmaxLoss(DiscLoss, ABC):
         sample=Number(0, 1, above=True, optional=True))
     def __init__(self,
         scale:float|str=30., # Of the logits, positive; 'auto': auto_scale. 30 as in AM-softmax
-        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
+        sample:float|None=None, # Share of classes to compare with, also the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):

@@ -45,7 +45,7 @@ class NormFaceLoss(GSoftmaxLoss):
     def __init__(self,
         scale:float|str=10., # Of the logits, positive, or 'auto'; where a learned one starts
         learn_scale:bool=False, # Learn the scale, as the authors' files do?
-        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
+        sample:float|None=None, # Share of classes to compare with, also the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):

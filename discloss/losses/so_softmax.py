@@ -74,7 +74,7 @@ class SOSoftmaxLoss(GSoftmaxLoss):
         lambda_n:float=1., # Weight of the negatives, at least 0. Our choice
         goals:tuple=(1.,0.), # Where the positive and the negative cosine go, the first greater
         clamp:bool=True, # Leave alone what is beyond its goal? Our choice
-        sample:float|None=None, # Share of classes to compare with, the batch's among them; None: all
+        sample:float|None=None, # Share of classes to compare with, also the batch's; None: all
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number for each class by which its samples count; None: all the same
     ):
