@@ -1,0 +1,49 @@
+"Make the pages anew that show results, after results/study or results/claims.jsonl have grown."
+import os, re, runpy, sys, warnings
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
+
+root = Path(__file__).resolve().parent.parent
+nbs = root/'nbs'
+readers = ['24_study', '27_evidence', 'index', 'studies/20_reality_check', 'studies/22_claims',
+           'tutorials/70_choose_a_loss', 'studies/10_all_losses']
+not_run = re.compile(r'^#\|\s*(slow|cuda|eval:\s*false)|nbdev_export\(\)', flags=re.M)
+box = re.compile(r'#\| echo: false\nin_short\((.*)\)')
+
+def run_quick_cells(path):
+    "Execute a page; cells that take minutes keep what they showed"
+    nb = nbformat.read(path, as_version=4)
+    client = NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(path.parent)}})
+    with client.setup_kernel():
+        for i,c in enumerate(nb.cells):
+            if c.cell_type == 'code' and not not_run.search(c.source): client.execute_cell(c, i)
+    nbformat.write(nb, path)
+
+def fill_boxes(path):
+    "Compute the box on top of a chapter; is there one?"
+    from discloss.evidence import in_short
+    nb = nbformat.read(path, as_version=4)
+    cells = [c for c in nb.cells if c.cell_type == 'code' and box.fullmatch(c.source)]
+    for c in cells:
+        labels = [n.strip(" '") for n in box.fullmatch(c.source)[1].split(',')]
+        c.outputs[0].data['text/markdown'] = in_short(*labels).data
+    if cells: nbformat.write(nb, path)
+    return bool(cells)
+
+if __name__ == '__main__':
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    os.environ['PYTHONPATH'] = str(root)
+    warnings.filterwarnings('ignore')
+    for path in (nbs/f'{name}.ipynb' for name in readers):
+        run_quick_cells(path)
+        nbdev_clean(str(path))
+        print(path.relative_to(root), flush=True)
+    for path in sorted(nbs.rglob('*.ipynb')):
+        if fill_boxes(path):
+            nbdev_clean(str(path))
+            print(path.relative_to(root), flush=True)
+    runpy.run_path(str(root/'.ci'/'readme.py'), run_name='__main__')
