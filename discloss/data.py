@@ -551,6 +551,11 @@ def _given_splits(tree, splits):
                          f"valid=..., test=...), got {splits}")
     return folders
 
+def _looks_like_a_root(tree, folder):
+    "Is it called images, say, and has several folders but no pictures of its own?"
+    several = len(tree.subs(folder)) > 1 and not tree.files[folder]
+    return several and not _words(folder.name)
+
 def _folder(path, splits):
     "The labelled files of each split, and what a warning has to say"
     tree = _Tree(Path(path).expanduser())
@@ -568,6 +573,8 @@ def _folder(path, splits):
     leave = {s: [o for o in every if d in o.parents] for s,d in folders.items()}
     classes = [d for d in tree.subs(train) if d not in leave['train']]
     if splits is None: _check_classes(tree, train, classes)
+    tree.notes += [f"the class {d.name} is made of its folders {_first(sorted(tree.names(d)), 3)}"
+                   for d in classes if _looks_like_a_root(tree, d)]
     parts = {'train': _labelled(tree, 'train', train, leave['train'])}
     if not parts['train']:
         raise ValueError(f"the pictures in {train} have no folder for each class")
@@ -581,7 +588,7 @@ def _folder(path, splits):
     if tree.other:
         kinds = _first(sorted(k or 'no ending' for k in tree.other), 6)
         n = sum(tree.other.values())
-        tree.notes.append(f"{counted(n, 'file')} of other kinds (not used: {kinds})")
+        tree.notes.append(f"{counted(n, 'file')} that are no pictures (not used: {kinds})")
     return _once(parts, tree), tree.notes
 
 def _warn(notes, path, stacklevel):

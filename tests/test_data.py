@@ -98,7 +98,7 @@ def test_something_beside_splits(tmp_path):
     make(tmp_path, 'train/cat', 'train/dog', 'test/cat', 'test/dog', 'extra', 'noisy/cat')
     items, says = read(tmp_path)
     assert items == dict(train=two, test=two)
-    assert 'extra (4 pictures, not a split)' in says and 'noisy (4 pictures' in says
+    assert 'extra (4 pictures, not a split, not used)' in says and 'noisy (4 pictures' in says
 
 # ---- a split name that may be a class
 
@@ -241,7 +241,7 @@ def test_endings(tmp_path):
     (tmp_path/'dog'/'list.csv').write_text('a,b')
     (tmp_path/'dog'/'scan.dcm').write_bytes(b'x')
     items, says = read(tmp_path)
-    assert items == dict(train=two) and '2 files that are no pictures (.csv; .dcm)' in says
+    assert items == dict(train=two) and '2 files that are no pictures (not used: .csv; .dcm)' in says
 
 def test_no_pictures(tmp_path):
     (tmp_path/'a').mkdir()
@@ -924,3 +924,8 @@ def test_pipes_and_sockets_are_no_pictures(tmp_path, monkeypatch):
     dls = image_dls(tmp_path, size=8, bs=4)
     assert sum(len(dl.dataset) for dl in dls.loaders) == 20
     for special in [*specials, tmp_path/'b'/'link.png']: assert 'is no regular file' in refusal(to_pixels, special)
+
+def test_a_class_that_looks_like_the_folder_of_classes(tmp_path):
+    make(tmp_path, 'images/cat', 'images/dog', 'labels/x')
+    items, says = read(tmp_path)
+    assert items == dict(train=dict(images=8, labels=4)) and 'folders cat; dog' in says
