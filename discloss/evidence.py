@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
+from .data import counted
 from .statistics import against, better, interval, keeps_up, p_differs, paired, winner
 from .store import read_results
 from .study import plan, right_of, tiers
@@ -323,7 +324,7 @@ def is_better(
     return f'{word}: {means}, {_sure(a, b)}'
 
 def _sure(a, b):
-    if len(a) < 3: return f'{len(a)} run' + 's'*(len(a) > 1)
+    if len(a) < 3: return counted(len(a), 'run')
     p = p_differs(paired(a, b))
     return 'p < 0.001' if p < .001 else f'p = {p:.2g}'
 

@@ -226,7 +226,7 @@ def test_what_is_advised_is_what_may_help():
     few, wild = trouble('a', False, .1, (.1,.03), .01), trouble('a', True, 0., (0,0), .01)
     assert 'more epochs' in few and 'smaller' not in few and 'find' in few and 'smaller learning rate than 0.01' in wild
     found = trouble('a', False, .1, (.1,.03), 3.311e-4, found=True)
-    assert '0.00033, which the search found' in found and "'find'" not in found
+    assert '0.000331, which the search found' in found and "'find'" not in found
 
 # ---- what it costs
 
@@ -389,7 +389,7 @@ def test_what_cannot_be_described_is_never_reused(tmp_path):
         compare('crossentropy', out=tmp_path, cbs=lambda loss: Own(i for i in 'ab'), **quick)
         assert len(read_results(tmp_path/'results.jsonl')) == n
 
-def pictures(folder, **kwargs):
+def own_pictures(folder, **kwargs):
     "Loaders of 16 pictures named in a table"
     rows = [(f'{i}.png', 'ab'[i%2]) for i in range(16)]
     for name,_ in rows:
@@ -400,7 +400,7 @@ def pictures(folder, **kwargs):
     return ImageDataLoaders.from_df(df, folder, **{**how, **kwargs})
 
 def test_worst_images_of_a_table_have_names(tmp_path):
-    dls = pictures(tmp_path, valid_pct=0.5)
+    dls = own_pictures(tmp_path, valid_pct=0.5)
     cmp = compare('crossentropy', dls, 'small_body', epochs=1, seeds=1, show=False)
     names = dls.valid_ds.items.file.tolist()
     assert [*cmp.worst['ids']] == [names[i] for i in cmp.worst['index']]
@@ -411,9 +411,9 @@ def test_what_would_stop_a_run_stops_before_it(tmp_path, monkeypatch):
     def said(losses='center', dls='digits', error=ValueError, **kwargs):
         with pytest.raises(error) as e: compare(losses, dls, epochs=1, seeds=1, **kwargs)
         return str(e.value)
-    dls = pictures(tmp_path, valid_pct=0.)
+    dls = own_pictures(tmp_path, valid_pct=0.)
     assert 'validation loader has no batch: 0 samples' in said(dls=dls, arch='small_body')
-    dls = pictures(tmp_path, valid_pct=0.5, bs=64)
+    dls = own_pictures(tmp_path, valid_pct=0.5, bs=64)
     assert '8 samples make none of 64' in said(dls=dls, arch='small_body')
     assert "got 'none'" in said([CenterLoss(reduction='none')])
     assert 'needs a new one, got Linear' in said(error=TypeError, arch=torch.nn.Linear(2,2))
