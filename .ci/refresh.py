@@ -22,16 +22,19 @@ def run_quick_cells(path):
             if c.cell_type == 'code' and not not_run.search(c.source): client.execute_cell(c, i)
     nbformat.write(nb, path)
 
+def box_text(cell):
+    "What the box on top of a chapter has to say; None for a cell that makes no box"
+    from discloss.evidence import in_short
+    found = box.fullmatch(cell.source) if cell.cell_type == 'code' else None
+    return found and in_short(*(n.strip(" '") for n in found[1].split(','))).data
+
 def fill_boxes(path):
     "Compute the box on top of a chapter; is there one?"
-    from discloss.evidence import in_short
     nb = nbformat.read(path, as_version=4)
-    cells = [c for c in nb.cells if c.cell_type == 'code' and box.fullmatch(c.source)]
-    for c in cells:
-        labels = [n.strip(" '") for n in box.fullmatch(c.source)[1].split(',')]
-        c.outputs[0].data['text/markdown'] = in_short(*labels).data
-    if cells: nbformat.write(nb, path)
-    return bool(cells)
+    texts = [(c, text) for c in nb.cells if (text := box_text(c))]
+    for c,text in texts: c.outputs[0].data['text/markdown'] = text
+    if texts: nbformat.write(nb, path)
+    return bool(texts)
 
 if __name__ == '__main__':
     os.chdir(root)

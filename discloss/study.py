@@ -277,13 +277,16 @@ tiers = {
                        only=few),
     'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4,
                         only=few, classes=100),
+}
+_for_gpu = {
     'mnist_lenetpp': _on_gpu('mnist', lenetpp, ' in two features', _in_a_plane),
     'cifar10_resnet9': _on_gpu('cifar10', resnet9, ' with a ResNet-9'),
     'cifar100_resnet9': _on_gpu('cifar100', resnet9, ' with a ResNet-9', classes=100),
     'cifar10_resnet18': _on_gpu('cifar10', resnet18_cifar, ' with a ResNet-18'),
     'cifar100_resnet18': _on_gpu('cifar100', resnet18_cifar, ' with a ResNet-18', classes=100),
 }
-gpu_tiers = tuple(tiers)[-5:]
+tiers |= _for_gpu
+gpu_tiers = tuple(_for_gpu)
 
 # %% ../nbs/24_study.ipynb #35596e00
 def plan(
