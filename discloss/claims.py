@@ -598,7 +598,7 @@ def of(paper, loss, page, *pairs):
 
 D, S, T, G, U = 'digits', 'spread', 'tail', 'study digits', 'study characters'
 faces = Untested('no face data here')
-in_chapter = Untested('in the chapter of the loss', 'in its chapter')
+in_chapter = Untested('by the chapter of the loss', 'in the chapter')
 large = Untested('needs larger sets and networks; the study has what was run')
 
 claims = [

@@ -276,6 +276,7 @@ def to_pixels(
     size:tuple|int|None=None,
 ) -> Tensor: # uint8, shape (channels, height, width)
     "One image as bytes; raises `ValueError` with the file's name if it cannot be read"
+    if channels not in (1,3): raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     path, size = Path(o) if isinstance(o, (str,Path)) else None, _both_sides(size)
     if path and _special(path): raise ValueError(f"{path} is no regular file")
     if isinstance(o, (np.ndarray,Tensor)): o = _from_array(o)
@@ -1003,7 +1004,7 @@ def image_dls(
     _check_whole(1, bs=bs, n_train=n_train, n_eval=n_eval, size=size)
     _check_whole(0, pad=pad)
     if channels not in (None,1,3):
-        raise ValueError(f"channels must be 1 or 3, got {channels}")
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     if valid_pct is not None and not 0 < valid_pct < 1:
         raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     device = default_device() if device is None else _usable(device)

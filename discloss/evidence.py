@@ -121,9 +121,9 @@ def _extra(runs, ref):
     if len(seen) > 1 and runs is not ref:
         unseen['unseen_low'], unseen['unseen_high'] = interval(paired(*seen.T))
     compact = math.exp(np.mean(tight)) if tight else math.nan
-    return dict(compact=compact, **unseen, cost=_time(runs)/_time(ref))
+    return dict(compact=compact, **unseen, cost=_least(runs)/_least(ref))
 
-def _time(runs): return np.median([r['seconds'] for r in runs.values()])
+def _least(runs): return min(r['seconds'] for r in runs.values())
 
 def _both(pairs, part, name):
     "A number of both runs, where both have it"
@@ -184,7 +184,7 @@ def as_markdown(
     "A table of a tier for a page"
     wins = wins or {}
     unseen = bool(table.unseen.notna().any())
-    head = ['loss', 'accuracy', 'difference', 'verdict', 'compact', 'cost', 'runs']
+    head = ['loss', 'accuracy', 'difference', 'verdict', 'compact', 'runs']
     if unseen: head.insert(5, 'unseen')
     rows = table.assign(top=table.status == 'reference')
     rows = rows.sort_values(['top', order], ascending=False)
@@ -199,7 +199,7 @@ def _line(k, r, wins, unseen):
     if unseen:
         gap = signed(r.unseen, r.unseen_low, r.unseen_high)
         cells.append(bold('unseen', gap if r.status != 'reference' else ''))
-    return [*cells, times(r.cost), str(r.runs)]
+    return [*cells, str(r.runs)]
 
 # %% ../nbs/27_evidence.ipynb #a15ba286
 def standing(

@@ -85,7 +85,9 @@ def _joined(parts):
 # %% ../nbs/04_geometry.ipynb #6a33619f
 def get_features(
     model:nn.Module, # A classifier, or a fastai Learner
-    dl, # Any iterable of batches: (x, y), (x,), x, (x1, x2, y), or a dict of tensors
+    # Any iterable of batches: (x, y), (x,), x, (x1, x2, y), or a dict of tensors. One
+    # tensor is taken as the inputs, shape (n, ...)
+    dl,
     # The layer whose input is wanted, or its name; None: what find_head finds
     head:str|nn.Module|None=None,
 ) -> tuple: # On the CPU: feats (n, d), logits (n, classes), and labels (n,) or None
@@ -96,6 +98,7 @@ def get_features(
     if isinstance(dl, DataLoaders):
         raise TypeError("dl must be one loader, got DataLoaders: give dls.valid or "
                         "dls.test_dl(items)")
+    if isinstance(dl, Tensor): dl = dl.split(64)
     device = next((p.device for p in model.parameters()), 'cpu')
     modes,seen,out,hook = [(m,m.training) for m in model.modules()],[],[],None
     try:

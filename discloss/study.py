@@ -31,7 +31,7 @@ from .losses.cross_entropy import CrossEntropy
 from .metric import references
 from .specs import all_losses, loss_label, read_minutes
 from .store import append_result, claim, plain, read_results, run_key
-from .tune import tune
+from .tune import ranges, search_space, tune
 
 # %% ../nbs/24_study.ipynb #c0349e81
 @dataclass(frozen=True)
@@ -344,12 +344,15 @@ def _data_key(tier, fold, out):
     return fingerprint([*dls.loaders, *more])
 
 def _key(tier, label, fold, seed, out):
-    "The name of a run: all that decides it, data, network and version among it"
-    t = tiers[tier]
-    which = dict(tier=tier, label=label, fold=fold, seed=seed)
-    what = dict(data=_data_key(tier, fold, out), arch=arch_name(t.arch), discloss=__version__)
-    if t.lr is not None: what['lr'] = t.lr
-    return run_key(dict(**which, **what, epochs=t.epochs, trials=t.trials, tries=t.tries))
+    "The name of a run: all that decides it, data, network, ranges and version among it"
+    t, entry = tiers[tier], entries()[label]
+    loss = entry.make()
+    which = dict(tier=tier, label=label, fold=fold, seed=seed, discloss=__version__)
+    what = dict(loss=loss_label(loss), space=ranges(search_space(loss, entry.names)),
+                data=_data_key(tier, fold, out), arch=arch_name(t.arch))
+    budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
+    if t.lr is not None: budget['lr'] = t.lr
+    return run_key(dict(**which, **what, **budget))
 
 def run_one(
     tier:str, # Name of the tier

@@ -294,6 +294,7 @@ sets = { # Name -> (call with a folder, what the message says)
     'labels of an unlabelled set': (lambda t: labels_of(digits().test_dl([np.zeros((8,8), np.uint8)])), ('no labels',)),
     'image of floats':            (lambda t: to_pixels(np.zeros((8,8))), ('uint8', 'float64')),
     'image of no pixels':         (lambda t: to_pixels(np.zeros((0,8), np.uint8)), ('uint8', '(0, 8)')),
+    'channels as text':           (lambda t: to_pixels(np.zeros((8,8), np.uint8), channels='1'), ('1 or 3', "'1'")),
     'image that is a number':     (lambda t: to_pixels(3), ('path', 'int')),
 }
 

@@ -188,6 +188,9 @@ def test_without_training_images():
     ev = evaluate(model, valid, unknown=[(torch.randn(30,6),)])
     assert list(ev.unknown.index) == ['max softmax']
     assert 'nearest mean accuracy' not in ev.dict() and ev.unknown.shape == (1,4)
+    raw = torch.randn(100,6)
+    one, batches = (evaluate(model, valid, unknown=o).unknown for o in (raw, raw.split(30)))
+    assert one.equals(batches)
     assert evaluate(model, valid).unknown is None
 
 def test_a_class_without_images():

@@ -8,6 +8,7 @@ import torch
 from discloss import study
 from discloss.bodies import small_body
 from discloss.evidence import as_markdown, cost, in_words, results_folder, study_rows, tier_table
+from discloss.losses.center import CenterLoss
 
 def test_frozen_features_are_of_as_many_images_as_the_tier_says(tmp_path, monkeypatch):
     asked = {}
@@ -44,6 +45,18 @@ def test_what_a_tier_is_decides_the_key_of_its_runs(change, tmp_path):
     same = key('digits', tmp_path)
     assert key('digits', tmp_path) == same
     assert key('digits', tmp_path, **changes[change]) != same
+
+def test_what_is_searched_decides_the_key_of_its_runs(tmp_path, monkeypatch):
+    same = key('digits', tmp_path)
+    known = CenterLoss.hypers
+    wider = dataclasses.replace(known['lam'], search=(1e-5, 1.))
+    monkeypatch.setattr(CenterLoss, 'hypers', dict(known, lam=wider))
+    other_range = key('digits', tmp_path)
+    monkeypatch.setattr(CenterLoss, 'hypers', known)
+    assert key('digits', tmp_path) == same != other_range
+    fewer = dict(study.entries(), center=study.Entry(CenterLoss, ('lam',)))
+    monkeypatch.setattr(study, 'entries', lambda: fewer)
+    assert key('digits', tmp_path) != same
 
 def test_a_torn_reading_is_passed_over(tmp_path):
     file = tmp_path/'bench.jsonl'

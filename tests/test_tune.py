@@ -1,4 +1,5 @@
 "A search that is cut off goes on as if it had not been: nothing is lost, nothing is tried twice."
+import dataclasses
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from discloss import tune as module
 from discloss.bodies import small_body
 from discloss.data import image_dls
+from discloss.losses.center import CenterLoss
 from discloss.losses.cosface import CosFaceLoss
 from discloss.tune import _defaults, search_space, tune
 
@@ -51,6 +53,14 @@ def test_a_search_that_ended_does_nothing_more(search):
     search()
     assert len(search.calls) == 6
     assert len(set(settings(search))) == 6
+
+def test_a_search_of_other_ranges_is_another_search(search, monkeypatch):
+    search()
+    known = CenterLoss.hypers
+    wider = dataclasses.replace(known['lam'], search=(1e-5, 1.))
+    monkeypatch.setattr(CenterLoss, 'hypers', dict(known, lam=wider))
+    assert len(search().trials) == 6
+    assert len(search.calls) == 12
 
 def test_one_is_no_plural(search):
     assert '1 epoch, 1 trial of 1 seed' in search(1, epochs=1).conditions
