@@ -211,9 +211,6 @@ def tune(
         study_name=f'{label} {name}', direction='maximize',
         storage=_storage(optuna, out, storage), load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-    # A search that goes on must not draw the settings of its beginning again
-    draws = int(name, 16) + len(study.trials)
-    study.sampler = optuna.samplers.TPESampler(seed=draws % 2**32)
     start = dict(_defaults(loss, space), lr=rate, wd=0.01)
     first = [start, *first_rates(images, rate)]
     def objective(trial):
@@ -224,7 +221,10 @@ def tune(
         try: candidate = type(loss)(**{**loss.hparams, **values})
         except ValueError: return 0. # Settings that do not go together
         return _score(optuna, trial, candidate, seeds, dls, arch, n_feats, epochs, fit, cbs)
-    def before(): _enqueue(study, first, alone)
+    def before():
+        n = len(_enqueue(study, first, alone))
+        # The number decides what is drawn, so a search may stop and go on
+        study.sampler = optuna.samplers.TPESampler(seed=(int(name, 16)+n) % 2**32)
     _search(study, objective, before, n_trials, show, label)
     where = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}"
     trials = f"{counted(n_trials, 'trial')} of {counted(seeds, 'seed')}"
@@ -258,12 +258,15 @@ def _setting(trial): return trial.system_attrs.get('fixed_params', {}) | trial.p
 def _rates(setting): return setting.get('lr'), setting.get('wd')
 
 def _enqueue(study, first, alone):
-    "Next comes a trial that was interrupted, then one of the first settings"
+    "Next comes a trial that was interrupted, or one of the first settings; gives those tried"
     trials = study.trials
     def lost(t): return t.state.name == 'FAIL' or alone and t.state.name == 'RUNNING'
     tried = [_rates(_setting(t)) for t in trials if not lost(t)]
     for setting in (*(_setting(t) for t in trials if lost(t)), *first):
-        if setting and _rates(setting) not in tried: return study.enqueue_trial(setting)
+        if setting and _rates(setting) not in tried:
+            study.enqueue_trial(setting)
+            break
+    return tried
 
 def _search(study, objective, before, n_trials, show, label):
     "Run the trials that are missing"

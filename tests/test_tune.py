@@ -54,6 +54,16 @@ def test_a_search_that_ended_does_nothing_more(search):
     assert len(search.calls) == 6
     assert len(set(settings(search))) == 6
 
+def test_a_search_in_pieces_is_the_search_at_once(search, tmp_path, monkeypatch):
+    whole = search(12).trials
+    for n in (2, 5): search(n, epochs=9)
+    search.cut = len(search.calls)+1
+    with pytest.raises(KeyboardInterrupt): search(12, epochs=9)
+    search.cut = None
+    again = search(12, epochs=9, alone=True).trials
+    assert len(set(settings(search)[-13:])) == 12
+    assert again[['lr','wd']].iloc[:10].equals(whole[['lr','wd']].iloc[:10])
+
 def test_a_search_of_other_ranges_is_another_search(search, monkeypatch):
     search()
     known = CenterLoss.hypers
