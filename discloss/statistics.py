@@ -181,17 +181,34 @@ def paired_runs(
     a, b = _by_seed(a), _by_seed(b)
     runs = [k for k in b if k in a]
     if len(runs) < 2: return None
-    def stacked(keys): return np.stack([a[k] for k in keys]), np.stack([b[k] for k in keys])
-    if not np.ndim(a[runs[0]]): return paired(*stacked(runs), ratio)
-    if not isinstance(runs[0], tuple): return paired_images(*stacked(runs))
-    folds = {}
-    for fold,seed in runs: folds.setdefault(fold, []).append((fold,seed))
-    return paired_folds([stacked(keys) for keys in folds.values()])
+    parts = _by_fold(runs)
+    for keys in parts: _same_images([a[k] for k in keys], [b[k] for k in keys], keys)
+    pairs = [[np.stack([o[k] for k in keys]) for o in (a, b)] for keys in parts]
+    alone = len(pairs) == 1
+    if np.ndim(a[runs[0]]):
+        return paired_images(*pairs[0]) if alone else paired_folds(pairs)
+    if alone: return paired(*pairs[0], ratio)
+    # seeds of a fold share its images and its search, so a fold is one score
+    return paired(*np.transpose([[o.mean() for o in pair] for pair in pairs]), ratio)
 
 def _by_seed(v):
     "Finite results by the name of the run"
     v = v if isinstance(v, dict) else dict(enumerate(v))
-    return {s: np.asarray(o, float) for s,o in v.items() if np.isfinite(o).all()}
+    v = {s: np.asarray(o, float) for s,o in v.items()}
+    return {s: o for s,o in v.items() if np.isfinite(o).all()}
+
+def _by_fold(runs):
+    "Names of runs, a list for each fold"
+    parts = {}
+    for k in runs: parts.setdefault(k[0] if isinstance(k, tuple) else None, []).append(k)
+    return list(parts.values())
+
+def _same_images(a, b, runs):
+    "Raise ValueError unless the runs of a fold have one test set"
+    for x,y,k in zip(a, b, runs):
+        if x.shape == y.shape == b[0].shape: continue
+        raise ValueError(f"run {k}: runs that are compared need the same test images, got "
+                         f"{x.size} and {y.size}, and {b[0].size} in run {runs[0]}")
 
 # %% ../nbs/09_statistics.ipynb #4a8ee299
 def holm(
@@ -208,7 +225,7 @@ def holm(
 # %% ../nbs/09_statistics.ipynb #e6674b40
 def verdict(
     d:Difference, # From `paired` or `paired_images`
-    margin:float=0.003, # What counts as equal
+    margin:float|None=0.003, # What counts as equal; None: nothing does
     p:float|None=None, # Of `p_differs`, after Holm; None: as it is
     p_eq:float|None=None, # Of `p_equal`, after Holm; None: as it is
     m:int=1, # Number of comparisons
@@ -216,12 +233,11 @@ def verdict(
 ) -> tuple: # 'ahead', 'behind', 'equal' or 'open', and a sentence about it
     "What a difference amounts to, in words"
     p = p_differs(d) if p is None else p
-    p_eq = p_equal(d, margin) if p_eq is None else p_eq
-    points = f"{_short(100*margin)} points"
+    if margin is not None and p_eq is None: p_eq = p_equal(d, margin)
     if d.n < 3: return 'open', "not settled: at least 3 seeds needed"
-    if p_eq < alpha:
+    if margin is not None and p_eq < alpha:
         note = ', surely not the same' if p < alpha else ''
-        return 'equal', f"equal within {points}{note}"
+        return 'equal', f"equal within {_short(100*margin)} points{note}"
     if p < alpha: return ('ahead', 'ahead') if d.mean > 0 else ('behind', 'behind')
     return 'open', f"not settled: {_needed(d, margin, alpha/m)}"
 
@@ -230,11 +246,16 @@ def _short(x): return f'{x:.2f}'.rstrip('0').rstrip('.')
 def _needed(d, margin, alpha):
     "How many more seeds would show a difference, or equality, with a power of 80%"
     gap = abs(d.mean)
-    ways = [(gap, 1-alpha), (margin-gap, 1-2*alpha)]
+    if d.se == 0: return _seeds_words(math.floor(-math.log2(alpha))+1 + (gap > 0) - d.n)
+    ways = [(gap, 1-alpha)]
+    if margin is not None: ways.append((margin-gap, 1-2*alpha))
     found = [seeds_for(h, d.var, d.rest, level, .8) for h,level in ways if h > 0]
     found = [n for n in found if n is not None]
     if not found: return "more test images needed"
-    more = max(1, min(found)-d.n)
+    return _seeds_words(min(found)-d.n)
+
+def _seeds_words(more):
+    more = max(1, int(more))
     if more > 100: return "more than 100 more seeds needed"
     return f"about {more} more seed{'s'*(more > 1)} needed"
 
@@ -242,7 +263,7 @@ def _needed(d, margin, alpha):
 def against(
     scores:dict, # Entry -> its runs, see `paired_runs`
     ref:str|None=None, # The reference; None: cross-entropy if it is there, else the first entry
-    margin:float=0.003, # What counts as equal
+    margin:float|None=0.003, # What counts as equal; None: nothing does
     ratio:float=0., # See `paired`
     alpha:float=0.05, # Level of the tests
 ) -> pd.DataFrame: # A row for each entry, in the order of `scores`
@@ -250,26 +271,33 @@ def against(
     scores = {k: _by_seed(v) for k,v in scores.items()}
     ref = reference(scores) if ref is None else ref
     if ref not in scores: raise ValueError(f"ref must be one of {list(scores)}, got {ref!r}")
-    diffs = {k: paired_runs(v, scores[ref], ratio) for k,v in scores.items() if k != ref}
+    diffs = {k: _compare(scores, k, ref, ratio) for k in scores if k != ref}
     known = {k: d for k,d in diffs.items() if d is not None}
     p = dict(zip(known, holm([p_differs(d) for d in known.values()])))
-    p_eq = dict(zip(known, holm([p_equal(d, margin) for d in known.values()])))
+    equal = [math.nan if margin is None else p_equal(d, margin) for d in known.values()]
+    p_eq = dict(zip(known, holm(equal)))
     rows = {}
     for k,v in scores.items():
-        rows[k] = dict(mean=_mean(v.values()), seeds=len(v))
+        both = [s for s in v if s in scores[ref]]
+        means = _mean(v, both or v), _mean(scores[ref], both)
+        rows[k] = dict(mean=means[0], seeds=len(v), ref_mean=means[1])
         if k == ref: rows[k] |= dict(status='reference', verdict='reference')
         elif k not in known:
-            gaps = [v[s].mean()-scores[ref][s].mean() for s in v if s in scores[ref]]
             few = 'not settled: at least 3 seeds needed'
-            rows[k] |= dict(difference=_mean(gaps), status='open', verdict=few)
+            rows[k] |= dict(difference=means[0]-means[1], status='open', verdict=few)
         else:
             d = known[k]
             low, high = interval(d, 1-alpha)
             status, text = verdict(d, margin, p[k], p_eq[k], len(known), alpha)
             rows[k] |= dict(difference=d.mean, low=low, high=high, p=p[k], p_equal=p_eq[k],
                             status=status, verdict=text)
-    columns = 'mean','seeds','difference','low','high','p','p_equal','status','verdict'
+    columns = '''mean seeds ref_mean difference low high p p_equal status verdict'''.split()
     return pd.DataFrame(rows, index=columns).T.infer_objects()
+
+def _compare(scores, a, b, ratio):
+    "`paired_runs` of two entries, whose names an error has"
+    try: return paired_runs(scores[a], scores[b], ratio)
+    except ValueError as e: raise ValueError(f"{a} against {b}, {e}") from None
 
 def reference(
     names, # Names of entries
@@ -281,9 +309,11 @@ def reference(
     swept = [k for k in names if plain[k].startswith('crossentropy')]
     return (exact or swept or names)[0]
 
-def _mean(v):
-    v = [np.mean(o) for o in v]
-    return np.mean(v) if v else np.nan
+def _mean(v, runs):
+    "Mean over runs; a fold counts as many images as it has"
+    parts = [[v[k] for k in keys] for keys in _by_fold(runs)]
+    if not parts: return math.nan
+    return np.average([np.mean(o) for o in parts], weights=[o[0].size for o in parts])
 
 # %% ../nbs/09_statistics.ipynb #2acea5c6
 def plot_differences(
@@ -347,11 +377,12 @@ def winner(
     more:bool=True, # Is more better?
     among=None, # Entries that may win; None: all
     alpha:float=0.05, # Level of each test
+    ratio:float=0., # See `paired`
 ) -> str|None: # None: no entry is surely the best
     "The entry that is better than every other by more than the noise"
     scores = {k: _by_seed(v) for k,v in scores.items()}
     if len(scores) < 2: return None
-    def beats(a, b): return _beats(paired_runs(scores[a], scores[b]), more, alpha)
+    def beats(a, b): return _beats(_compare(scores, a, b, ratio), more, alpha)
     names = [k for k in scores if among is None or k in among]
     rivals = {k: [o for o in names if o != k] for k in names}
     best = [k for k in names if rivals[k] and all(beats(k, o) for o in rivals[k])]

@@ -248,6 +248,7 @@ class Tier:
     margin:float = 0.01 # Accuracies that differ by less count as equal
     lr:float|None = None # Rates from lr/30 to 3*lr are searched; None: default_lr
     place:str = '' # The data in a sentence: 'better on ...'
+    ratio:float = 0. # Test to training data that folds share: paired of discloss.statistics
 
 _narrow = partial(small_body, width=16)
 
@@ -278,7 +279,7 @@ tiers = {
     'characters': Tier('Unseen characters', character_loaders,
                        partial(small_body, width=16, n_feats=128),
                        folds=5, seeds=1, epochs=12, trials=4, only=own, classes=121,
-                       place='characters'),
+                       place='characters', ratio=1.),
     'noise40': _shift('noise 40%', 'digits with 40% wrong labels', only=None),
     # Fewer images, so more epochs: 120 steps
     'tail': _shift('100:1', 'digits with 100 to 1 images a class', epochs=40),
