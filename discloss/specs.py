@@ -237,15 +237,13 @@ def read_specs(
 
 # %% ../nbs/10_specs.ipynb #5e31dfea
 def check_budget(
-    **values, # epochs, seed, lr, wd, bs, n_feats, threads: what compare was given
+    **values, # epochs, seed, lr, wd, bs, ...: what compare or tune was given
 ):
     "Raise `ValueError` for the first value that cannot be"
     def whole(n, least): return isinstance(n, Integral) and not isinstance(n, bool) and n >= least
     def real(x, least): return not isinstance(x, (str,bool)) and least <= x < math.inf
-    checks = dict(epochs=(lambda v: whole(v, 1), 'a whole number, at least 1'),
-                  bs=(lambda v: whole(v, 1), 'a whole number, at least 1'),
-                  n_feats=(lambda v: whole(v, 1), 'a whole number, at least 1'),
-                  threads=(lambda v: whole(v, 1), 'a whole number, at least 1'),
+    count = (lambda v: whole(v, 1)), 'a whole number, at least 1'
+    checks = dict(dict.fromkeys('epochs bs n_feats threads n_trials seeds'.split(), count),
                   lr=(lambda v: v == 'find' or real(v, 0) and v > 0, "positive, or 'find'"),
                   wd=(lambda v: real(v, 0), 'at least 0'),
                   seed=(lambda v: whole(v, 0) and v < 2**32, 'a whole number in 0..2**32-1'))

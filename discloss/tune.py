@@ -5,7 +5,8 @@ __all__ = ['rates', 'decays', 'search_space', 'suggest', 'ranges', 'validation_a
            'discloss_tune']
 
 # %% ../nbs/23_tune.ipynb #6caae64d
-import math, sys
+import sys
+from inspect import Parameter, signature
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,8 +22,8 @@ from .data import check_data, counted, fingerprint, image_dls
 from .plot import plot_style
 from .runs import arch_name, default_arch, default_lr, loss_learner, Watch
 from .learner import quiet
-from .specs import loss_label, parse_loss
-from .store import run_key
+from .specs import check_budget, loss_label, parse_loss, read_spec
+from .store import _last_byte, _lock, run_key
 
 # %% ../nbs/23_tune.ipynb #9b107426
 def search_space(
@@ -30,12 +31,25 @@ def search_space(
     names=None, # Hyper-parameters to search; None: all that say where; (): none
 ) -> dict: # Name -> Number, Choice or Other
     "What a search varies; raises ValueError for a name that cannot be searched"
+    if isinstance(names, str): raise TypeError(f"names must be a list of names, got {names!r}")
     known = {k: h for k,h in loss.hypers.items() if h.search}
     wrong = set(names or ()) - set(known)
     if wrong:
         raise ValueError(f"{loss.name} has no search range for {sorted(wrong)}; it has one "
                          f"for {sorted(known)}")
-    return known if names is None else {k: known[k] for k in names}
+    space = known if names is None else {k: known[k] for k in names}
+    taken = {'lr', 'wd'} & set(space)
+    if taken: raise ValueError(f"lr and wd are the learning rate and the weight decay of a search: "
+                               f"{loss.name} needs another name for {sorted(taken)}")
+    return space
+
+def _word(v): return getattr(v, '__name__', str(v))
+
+def _labels(spec):
+    "A word for each value of a Choice or Other, no two the same"
+    words = [_word(v) for v in spec.values]
+    if len(set(words)) == len(words): return words
+    return [f'{i}: {v!r}' for i,v in enumerate(spec.values)]
 
 def suggest(
     trial, # An Optuna trial
@@ -44,11 +58,14 @@ def suggest(
 ): # A value
     "A value for one hyper-parameter"
     if isinstance(spec, (Choice, Other)):
-        labels = [str(v) for v in spec.values]
-        return spec.values[labels.index(trial.suggest_categorical(name, labels))]
+        return _value(spec, trial.suggest_categorical(name, _labels(spec)))
     low, high = spec.search
     if spec.whole: return trial.suggest_int(name, low, high, log=spec.log)
     return trial.suggest_float(name, low, high, log=spec.log)
+
+def _value(spec, drawn):
+    "The value of what was drawn: a number, or the word for a value"
+    return drawn if isinstance(spec, Number) else spec.values[_labels(spec).index(drawn)]
 
 # %% ../nbs/23_tune.ipynb #a2c0ffee
 def ranges(
@@ -56,9 +73,11 @@ def ranges(
 ) -> dict: # Name -> plain values
     "What decides which values a search draws"
     def plain(h):
-        if not isinstance(h, Number): return dict(values=[repr(v) for v in h.values])
+        if not isinstance(h, Number): return dict(values=[_repr(v) for v in h.values])
         return dict(search=h.search, log=h.log, whole=h.whole)
     return {k: plain(space[k]) for k in sorted(space)}
+
+def _repr(v): return getattr(v, '__name__', repr(v))
 
 # %% ../nbs/23_tune.ipynb #8ae216bf
 def validation_accuracy(
@@ -112,8 +131,8 @@ class Tuned:
     @property
     def settings(self) -> dict: # Hyper-parameters by name
         "The best hyper-parameters of the loss"
-        best = self.study.best_trial
-        return {k: best.user_attrs['values'][k] for k in self.space}
+        drawn = self.study.best_trial.params
+        return {k: _value(h, drawn[k]) for k,h in self.space.items()}
     @property
     def loss(self) -> DiscLoss: # A new instance
         "The loss with the best hyper-parameters"
@@ -126,10 +145,14 @@ class Tuned:
     def accuracy(self) -> float: return self.study.best_value
 
     def line(self) -> str:
-        "The code to use it"
-        args = ', '.join(f'{k}={_short(v)}' for k,v in self.settings.items())
+        "The code to use it: what was searched, what is required, and what is not the default"
+        cls, found = type(self.start), self.settings
+        args = {k: _short(v) for k,v in found.items()}
+        fixed = {k: _code(v) for k,v in self.start.hparams.items() if k not in found}
+        args |= {k: v for k,v in fixed.items() if v != _code(_default(cls, k))}
+        text = ', '.join(f'{k}={args[k]}' for k in self.start.hparams if k in args)
         fit = f'learn.fit_one_cycle(epochs, {self.lr:.3g}, wd={self.wd:.3g})'
-        return f'{type(self.start).__name__}({args}); {fit}'
+        return f'{cls.__name__}({text}); {fit}'
     def __repr__(self):
         return f'validation accuracy {self.accuracy:.4f}: {self.line()}\n{self.conditions}'
 
@@ -155,7 +178,18 @@ class Tuned:
 def _row(t):
     return dict(trial=t.number, accuracy=t.value, state=t.state.name.lower(), **t.params)
 
-def _short(v): return f'{v:.3g}' if isinstance(v, float) else repr(v)
+def _default(cls, name):
+    "The default of an argument of __init__, also of a parent's; Parameter.empty if there is none"
+    inits = (signature(c.__init__).parameters for c in cls.__mro__)
+    return next(p[name].default for p in inits if name in p)
+
+def _short(v): return f'{v:.3g}' if isinstance(v, float) else _code(v)
+
+def _code(v):
+    "A value as code; three dots for more than a hundred numbers"
+    if hasattr(v, 'tolist'): v = v.tolist()
+    if isinstance(v, (list, tuple)) and len(v) > 100: return '...'
+    return _repr(v)
 
 # %% ../nbs/23_tune.ipynb #c980ce94
 def _optuna():
@@ -165,21 +199,54 @@ def _optuna():
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
+class _JournalLock:
+    "A lock that ends with its process; who gets it drops a line that a killed process cut off"
+    def __init__(self, file): self.file = file
+    def acquire(self):
+        self.open = open(self.file, 'a+b')
+        _lock(self.open, wait=True)
+        if self.open.seek(0, 2) and _last_byte(self.open) != b'\n':
+            self.open.seek(0)
+            self.open.truncate(self.open.read().rfind(b'\n')+1)
+        return True
+    def release(self): self.open.close()
+
 def _storage(optuna, out, storage):
     "Any URL that Optuna knows, or a journal in a folder, or memory"
-    if storage is not None: return storage
+    if storage is not None: return _known_storage(optuna, storage)
     if out is None: return None
-    Path(out).mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal
-    file = str(Path(out)/'tune.journal')
-    lock = backend.JournalFileOpenLock(file)
-    return optuna.storages.JournalStorage(backend.JournalFileBackend(file, lock_obj=lock))
+    file = str(_folder(out)/'tune.journal')
+    journal = optuna.storages.journal.JournalFileBackend(file, lock_obj=_JournalLock(file))
+    return optuna.storages.JournalStorage(journal)
+
+def _known_storage(optuna, storage):
+    try: return optuna.storages.get_storage(storage)
+    except Exception as e: # SQLAlchemy and the drivers of databases have many
+        raise ValueError("storage must be a URL that Optuna can open, such as sqlite:///tune.db, "
+                         f"got {storage!r}: {e}") from e
+
+def _folder(out):
+    "A folder, made if it is not there"
+    out = Path(out)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise NotADirectoryError(f"out must be a folder, but a file is in the way of {out}") from e
+    return out
+
+def _check_search(loss, epochs, lr, **counts):
+    "Raise TypeError or ValueError before work is lost"
+    if not isinstance(loss, (str, DiscLoss)):
+        raise TypeError(f"loss must be a name or an instance of DiscLoss, got {loss!r}")
+    check_budget(epochs=epochs, **counts)
+    if lr == 'find': raise ValueError("lr must be positive, rates around it are searched; got 'find'")
+    check_budget(lr=lr)
 
 def tune(
-    loss='center', # A loss, or its name, with what stays fixed like center(alpha=0.1)
+    loss='center', # A loss, or its name; what the name sets stays fixed, as in center(alpha=0.1)
     data='digits', # A name or folder as for image_dls, or any fastai DataLoaders
     n_trials:int=20, # Trials in all, those of earlier calls counted
-    names=None, # Hyper-parameters to search; None: all that have a range; (): lr and wd alone
+    # Hyper-parameters to search; None: all that have a range and are not fixed; (): lr, wd alone
+    names=None,
     arch=None, # See discloss.runs.find_arch; None: what suits the data
     n_feats:int|None=None, # Number of features; None: as arch has it
     epochs:int=10, # Epochs of one cycle
@@ -197,8 +264,10 @@ def tune(
     optuna = _optuna()
     check_data(data, loss, 'loss')
     _check_cbs(cbs)
-    loss = parse_loss(loss) if isinstance(loss, str) else loss
+    _check_search(loss, epochs, lr, n_trials=n_trials, seeds=seeds, n_feats=n_feats)
+    loss, fixed = _with_fixed(loss)
     space = search_space(loss, names)
+    if names is None: space = {k: h for k,h in space.items() if k not in fixed}
     dls = image_dls(data, **data_kwargs) if isinstance(data, (str,Path)) else data
     arch = default_arch.get(getattr(dls, 'name', ''), 'small_body') if arch is None else arch
     rate = default_lr(arch) if lr is None else lr
@@ -215,7 +284,6 @@ def tune(
     first = [start, *first_rates(images, rate)]
     def objective(trial):
         values = {k: suggest(trial, k, h) for k,h in space.items()}
-        trial.set_user_attr('values', values)
         fit = dict(lr=trial.suggest_float('lr', *(r*rate for r in rates), log=True),
                    wd=trial.suggest_float('wd', *decays, log=True))
         try: candidate = type(loss)(**{**loss.hparams, **values})
@@ -227,21 +295,27 @@ def tune(
         study.sampler = optuna.samplers.TPESampler(seed=(int(name, 16)+n) % 2**32)
     _search(study, objective, before, n_trials, show, label)
     where = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}"
-    trials = f"{counted(n_trials, 'trial')} of {counted(seeds, 'seed')}"
+    trials = f"{counted(len(_done(study)), 'trial')} of {counted(seeds, 'seed')}"
     line = f"{where}, {counted(epochs, 'epoch')}, {trials}"
     return Tuned(study, loss, space, line)
 
 # %% ../nbs/23_tune.ipynb #cec3f1c2
+def _with_fixed(loss):
+    "A loss, and the names of the hyper-parameters that its text sets"
+    return (parse_loss(loss), set(read_spec(loss)[1])) if isinstance(loss, str) else (loss, set())
+
 def _defaults(loss, space):
     "The setting of the loss as it stands, where it lies in the range that is searched"
-    values = {}
-    for k,h in space.items():
-        v = loss.hparams[k]
-        if isinstance(h, Number):
-            plain = isinstance(v, (int, float)) # Not None, not 'auto'
-            if not plain or not h.search[0] <= v <= h.search[1]: continue
-        values[k] = v if isinstance(h, Number) else str(v)
-    return values
+    drawn = {k: _drawn(h, loss.hparams[k]) for k,h in space.items()}
+    return {k: v for k,v in drawn.items() if v is not None}
+
+def _drawn(spec, value):
+    "What a trial draws to get a value; None if it never does"
+    if isinstance(spec, Number):
+        plain = isinstance(value, (int, float)) # Not None, not 'auto'
+        return value if plain and spec.search[0] <= value <= spec.search[1] else None
+    def same(v): return v is value or (type(v) is type(value) and v == value)
+    return next((k for k,v in zip(_labels(spec), spec.values) if same(v)), None)
 
 def _score(optuna, trial, loss, seeds, dls, arch, n_feats, epochs, fit, cbs):
     "Mean validation accuracy over seeds; pruned when the first ones are bad"
@@ -286,7 +360,7 @@ def _search(study, objective, before, n_trials, show, label):
 # %% ../nbs/23_tune.ipynb #48c55040
 @call_parse
 def discloss_tune(
-    loss:str, # A loss, with hyper-parameters that stay fixed like center(alpha=0.1)
+    loss:str, # A loss; what it sets stays fixed, as in center(alpha=0.1)
     data:str='digits', # As for discloss_compare
     n_trials:int=20, # Trials in all, those of earlier calls counted
     arch:str=None, # As for discloss_compare
@@ -300,11 +374,12 @@ def discloss_tune(
 ):
     "Search hyper-parameters of one loss, on validation images only"
     try:
+        file = _folder(out)/f'tune_{parse_loss(loss).name}.png'
         found = tune(loss, data, n_trials, None, arch, None, epochs, seeds, lr, out, storage,
                      root=root, n_train=n_train)
+        print(found)
+        found.plot().savefig(file, dpi=120)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'discloss_tune: {e}')
     except KeyboardInterrupt: sys.exit('\ndiscloss_tune: stopped; finished trials are kept '
                                        f'in {out}, the same command goes on from there')
-    file = Path(out)/f'tune_{found.start.name}.png'
-    found.plot().savefig(file, dpi=120)
-    print(f'{found}\nwritten: {file}')
+    print(f'written: {file}')

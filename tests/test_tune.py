@@ -1,14 +1,20 @@
 "A search that is cut off goes on as if it had not been: nothing is lost, nothing is tried twice."
-import dataclasses
+import dataclasses, time
 from functools import partial
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from discloss import tune as module
 from discloss.bodies import small_body
+from discloss.core import Choice, DiscLoss, Number
 from discloss.data import image_dls
 from discloss.losses.center import CenterLoss
 from discloss.losses.cosface import CosFaceLoss
+from discloss.losses.cross_entropy import CrossEntropy
+from discloss.metric import AnyPML, FocalLoss, LogitAdjustedLoss, references
+from discloss.specs import all_losses, loss_label
 from discloss.tune import _defaults, search_space, tune
 
 @pytest.fixture
@@ -78,3 +84,130 @@ def test_one_is_no_plural(search):
 def test_a_search_starts_without_a_scale_that_is_left_to_the_classes():
     loss = CosFaceLoss(scale='auto')
     assert 'scale' not in _defaults(loss, search_space(loss))
+
+# What cannot be searched is refused before work
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(n_trials=0), 'n_trials must be a whole number, at least 1, got 0'),
+    (dict(n_trials=-1), 'n_trials must be'), (dict(seeds=0), 'seeds must be'), (dict(seeds=[0,1]), 'seeds must be'),
+    (dict(epochs=0), 'epochs must be'), (dict(epochs=-1), 'epochs must be'), (dict(n_feats=0), 'n_feats must be'),
+    (dict(lr=0), 'lr must be positive'), (dict(lr='find'), 'lr must be positive, rates around it'),
+    (dict(names='lam'), "names must be a list of names, got 'lam'"),
+    (dict(loss=torch.nn.CrossEntropyLoss()), r'loss must be a name or an instance of DiscLoss, got CrossEntropyLoss\(\)'),
+    (dict(loss=CenterLoss), 'loss must be a name or an instance of DiscLoss'),
+    (dict(storage='nonsense'), "storage must be a URL that Optuna can open, .*'nonsense'"),
+    (dict(storage='nosuch:///x'), 'storage must be a URL'), (dict(out=__file__), 'out must be a folder'),
+    (dict(out=__file__+'/more'), 'out must be a folder')])
+def test_one_clear_error_for_a_wrong_budget(wrong, says, digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', None) # No trial begins
+    with pytest.raises((ValueError, TypeError, OSError), match=says):
+        tune(**{**dict(loss='center', data=digits, n_trials=1, show=False), **wrong})
+
+@pytest.fixture(scope='module')
+def digits(): return image_dls('digits', n_train=40, n_eval=20, bs=20)
+
+def own(g, value=None):
+    "A loss of one's own with one hyper-parameter"
+    class Own(DiscLoss):
+        hypers = dict(g=g)
+        def __init__(self, g=value):
+            super().__init__()
+            self.set_hparams(g=g)
+        def loss(self, logits, targ): return F.cross_entropy(logits, targ, reduction='none')
+    return Own()
+
+def test_a_hyper_parameter_called_lr_has_no_place(digits):
+    class Own(DiscLoss):
+        hypers = dict(lr=Number(0, search=(.5, 2.)))
+        def __init__(self, lr=1.):
+            super().__init__()
+            self.set_hparams(lr=lr)
+    with pytest.raises(ValueError, match=r"needs another name for \['lr'\]"): tune(Own(), digits)
+
+# Choices
+
+choices = dict(tuples=((1,2),(3,4)), functions=(torch.relu,torch.tanh), alike=(None,'None',1,'1'), words=('a','b'))
+
+@pytest.mark.parametrize('journal', [False, True])
+@pytest.mark.parametrize('kind', choices)
+def test_choices_need_not_be_json(kind, journal, digits, tmp_path, monkeypatch):
+    values, tried = choices[kind], []
+    def score(optuna, trial, loss, *args):
+        tried.append(loss.g)
+        return 1. if loss.g == values[-1] else 0.
+    monkeypatch.setattr(module, '_score', score)
+    for _ in range(2):
+        loss = own(Choice(values, search=True), values[0])
+        found = tune(loss, digits, 12, show=False, out=tmp_path if journal else None)
+    assert len(tried) == (12 if journal else 24)
+    assert tried[0] is values[0] or tried[0] == values[0]
+    assert {(type(v), v) for v in tried} == {(type(v), v) for v in values}
+    assert (type(found.loss.g), found.loss.g) == (type(values[-1]), values[-1])
+
+# Names that a text sets stay fixed
+
+@pytest.mark.parametrize('loss, names, searched', [
+    ('center(alpha=0.1)', None, {'lam'}), ('center', None, {'lam','alpha'}), ('center(lam=0.1,alpha=0.1)', None, set()),
+    (CenterLoss(alpha=0.1), None, {'lam','alpha'}), ('center(alpha=0.1)', ['alpha'], {'alpha'})])
+def test_what_the_text_sets_stays_fixed(loss, names, searched, digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    found = tune(loss, digits, 2, names, show=False)
+    assert set(found.space) == searched
+    if 'alpha' not in searched and loss != 'center': assert found.loss.alpha == 0.1
+
+def test_the_sentence_counts_what_was_done(search):
+    search(8)
+    assert '8 trials of 1 seed' in search(2).conditions
+
+# The line
+
+lines = [CenterLoss(alpha=.07), CrossEntropy(label_smoothing=.1), CrossEntropy(weight=[1.]*9+[9.]), CosFaceLoss('auto', 'auto'),
+         CosFaceLoss(reduction='sum'), LogitAdjustedLoss(torch.arange(1, 11)), AnyPML('TripletMarginLoss'),
+         AnyPML('TripletMarginLoss', options=dict(margin=0.1234)), *(make() for make in references.values()),
+         *(cls() for cls in all_losses().values())]
+
+@pytest.mark.parametrize('loss', lines, ids=loss_label)
+@pytest.mark.parametrize('names', [None, ()])
+def test_the_line_makes_the_loss(loss, names, digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    found = tune(loss, digits, 2, names, show=False)
+    code = found.line().partition('; learn')[0]
+    known = dict(AnyPML=AnyPML, FocalLoss=FocalLoss, LogitAdjustedLoss=LogitAdjustedLoss)
+    made = eval(code, known | {type(loss).__name__: type(loss)})
+    for k,v in found.loss.hparams.items():
+        if isinstance(v, float): assert made.hparams[k] == pytest.approx(v, rel=6e-3)
+        else: assert made.hparams[k] == v
+
+def test_the_line_leaves_out_defaults(digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    def line(loss): return tune(loss, digits, 1, (), show=False).line().partition('; learn')[0]
+    assert line(CenterLoss()) == 'CenterLoss()'
+    assert line(CenterLoss(alpha=.07)) == 'CenterLoss(alpha=0.07)'
+    assert line(AnyPML('TripletMarginLoss')) == "AnyPML(pml='TripletMarginLoss')"
+
+# The journal
+
+@pytest.mark.parametrize('cut', [1, 9, 15])
+def test_a_torn_journal_goes_on(search, tmp_path, cut):
+    search(3)
+    journal = tmp_path/'tune.journal'
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    for n in (4, 5): assert len(search(n).trials) == n
+
+def test_a_lock_file_that_was_left_stops_nobody(search, tmp_path, monkeypatch):
+    (tmp_path/'tune.journal.lock').write_text('')
+    def sleep(seconds): raise AssertionError('it waits')
+    monkeypatch.setattr(time, 'sleep', sleep)
+    search(2)
+
+def test_the_command_says_what_it_found_before_it_draws(tmp_path, monkeypatch, capsys):
+    def draw(self): raise OSError('no room')
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    monkeypatch.setattr(module.Tuned, 'plot', draw)
+    out = tmp_path/'new'/'folder'
+    options = dict(n_trials=1, n_train=100, out=str(out), storage=f'sqlite:///{tmp_path}/a.db')
+    with pytest.raises(SystemExit, match='discloss_tune: no room'): module.discloss_tune('center', **options)
+    assert 'validation accuracy 1.0000: CenterLoss(' in capsys.readouterr().out
+    monkeypatch.undo()
+    module.discloss_tune('center', **options)
+    assert (out/'tune_center.png').is_file()
