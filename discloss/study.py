@@ -184,7 +184,7 @@ def flower_loaders(
 def character_loaders(
     seed:int=0, # Which half of the characters is seen
     out=None, # Not used; where other tiers keep features
-    size:int=32, # Side of the drawings
+    size:int=24, # Side of the drawings
 ):
     "Loaders of the characters that are seen, and images and labels of those that are not"
     drawings = data_root()/'omniglot_small'
@@ -273,7 +273,8 @@ def _features(fold, out): return frozen_loaders('cifar100', out, n_train=5000, n
 
 tiers = {
     'digits': Tier('Digits, nested cross-validation', digits_fold, _narrow,
-                   folds=5, seeds=4, trials=10, tries=2, margin=0.003, place='digits'),
+                   folds=5, seeds=4, trials=10, tries=2, only=own, margin=0.003,
+                   place='digits'),
     'flowers': Tier('Flowers, frozen features', _flowers, embedding, folds=5, seeds=4,
                     epochs=15, trials=10, classes=12, place='flowers'),
     'characters': Tier('Unseen characters', character_loaders,
@@ -285,13 +286,13 @@ tiers = {
     'tail': _shift('100:1', 'digits with 100 to 1 images a class', epochs=40),
     'few': _shift('ten a class', 'ten digits a class', epochs=60),
     'cifar100_frozen': Tier('CIFAR-100, frozen features', _features, embedding, seeds=10,
-                            epochs=10, trials=8, classes=100,
+                            epochs=10, trials=8, only=own, classes=100,
                             place='frozen features of CIFAR-100'),
     'noise20': _shift('noise 20%', 'digits with 20% wrong labels'),
     'finetuned': Tier('Flowers, a fine-tuned network', flower_loaders, fine_tuned, seeds=3,
                       epochs=3, trials=3, only=few, classes=12, lr=1e-3,
                       place='fine-tuned flowers'),
-    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, margin=0.001),
+    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, only=own, margin=0.001),
     'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4,
                        only=few),
     'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4,
