@@ -45,7 +45,7 @@ from .losses.pod import PODHead
 from .runs import Watch, device_name, loss_learner, versions
 from .specs import parse_loss, read_minutes
 from .statistics import holm, interval, p_differs, p_equal, paired, paired_runs
-from .store import append_result, plain, read_results, run_key
+from .store import append_result, make_folder, plain, read_results, run_key
 from .study import digits_fold, shifted_fold, tensor_loaders, tiers
 
 # %% ../nbs/studies/22_claims.ipynb #5bbb0b10
@@ -873,11 +873,13 @@ def main(args=None):
     given, began = parser.parse_args(args), time.monotonic()
     unknown = set(given.names)-set(experiments)
     if unknown: parser.error(f"no experiment is called {', '.join(sorted(unknown))}")
+    if Path(given.out).is_dir(): parser.error(f'--out: {given.out} is a folder, a file is wanted')
+    try: make_folder(Path(given.out).parent)
+    except OSError as e: parser.error(f'--out: {e}')
     if default_device().type == 'cpu': torch.set_num_threads(1)
     for name, label, seed in plan(given.names or experiments):
         key = key_of(name, label, seed)
         if key in read_results(given.out): continue
-        Path(given.out).parent.mkdir(parents=True, exist_ok=True)
         if time.monotonic()-began > 60*given.minutes: return
         start = time.perf_counter()
         numbers = plain(run_arm(name, label, seed))

@@ -122,17 +122,19 @@ class Verification:
         "Area under the ROC curve"
         return float(np.trapezoid(self.tar, self.far))
 
-    def _at(self, far): return np.searchsorted(self.far, far, side='right')-1
+    def _at(self, values, far):
+        if np.isnan(self.far).any(): return np.nan
+        return float(values[np.searchsorted(self.far, far, side='right')-1])
     def tar_at(self,
         far:float, # Largest rate of false accepts
     ) -> float:
         "True accepts at a rate of false accepts"
-        return float(self.tar[self._at(far)])
+        return self._at(self.tar, far)
     def threshold_at(self,
         far:float, # Largest rate of false accepts
     ) -> float: # Infinite if no threshold is so strict
         "The threshold with that rate of false accepts"
-        return float(self.thresholds[self._at(far)])
+        return self._at(self.thresholds, far)
     def __repr__(self): return f'Verification(eer={self.eer:.4f}, auroc={self.auroc:.4f})'
 
 def _grid_range(x, metric):
@@ -158,11 +160,13 @@ def verification(
         for row,which in zip(counts, (same, ~same)):
             row += torch.bincount(cell[once & which], minlength=bins)
     used = counts.sum(0).nonzero()[:,0].flip(0)
-    with np.errstate(invalid='ignore'):
-        tar,far = (c[used].cumsum(0).numpy()/c.sum().item() if c.any()
-                   else np.full(len(used), np.nan) for c in counts)
     edges = lo + (hi-lo)*used.numpy()/bins
-    return Verification(np.append(np.inf, edges), np.append(0, tar), np.append(0, far))
+    return Verification(np.append(np.inf, edges), *(_rates(c, used) for c in counts))
+
+def _rates(counts, used):
+    "The share of pairs above each cell that is used; NaN if there is no pair"
+    if not counts.any(): return np.full(len(used)+1, np.nan)
+    return np.append(0, counts[used].cumsum(0).numpy()/counts.sum().item())
 
 # %% ../nbs/21_evaluate.ipynb #454996ab
 def _kth_similarity(x, train, k, metric):

@@ -7,7 +7,7 @@ __all__ = ['own', 'few', 'tiers', 'gpu_tiers', 'Entry', 'entries', 'tensor_loade
            'run_one', 'run_study', 'main']
 
 # %% ../nbs/24_study.ipynb #31c2d262
-import argparse, math, time
+import argparse, math, pickle, time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from .runs import arch_name, default_lr, device_name, run_loss, versions
 from .losses.cross_entropy import CrossEntropy
 from .metric import references
 from .specs import all_losses, loss_label, read_minutes
-from .store import append_result, claim, plain, read_results, run_key
+from .store import (append_result, claim, make_folder, plain, read_results, run_key,
+                            write_whole)
 from .tune import decays, ranges, rates, search_space, tune
 
 # %% ../nbs/24_study.ipynb #c0349e81
@@ -145,6 +146,12 @@ def frozen_features(
         parts.append((torch.cat(feats), y))
     return parts
 
+def _read_features(file):
+    "Features that were kept; None if they are not there, or not whole"
+    damaged = EOFError, RuntimeError, ValueError, pickle.UnpicklingError
+    try: return torch.load(file, weights_only=True)
+    except (FileNotFoundError, *damaged): return None
+
 def frozen_loaders(
     name:str, # 'flowers12' or 'cifar100'
     out, # Folder in which features are kept
@@ -153,15 +160,17 @@ def frozen_loaders(
     fold:int|None=None, # Which fold of all images; None: the parts as they come
 ):
     "Loaders of frozen features, made once and kept"
-    file = Path(out)/f'features-{name}.pt'
-    if not file.is_file():
+    sizes = [] if n_train is n_eval is None else [n_train or 'all', n_eval or 'all']
+    file = Path(out)/f"{'-'.join(map(str, ['features', name, *sizes]))}.pt"
+    kept = _read_features(file)
+    if kept is None:
         source = data_root()/name
         where = source if source.is_dir() else name
         dls = image_dls(where, size=224, n_train=n_train, n_eval=n_eval, device='cpu')
         parts = [(f.half(), y) for f,y in frozen_features(dls)]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(parts=parts, vocab=list(dls.vocab)), file)
-    kept = torch.load(file, weights_only=True)
+        kept = dict(parts=parts, vocab=list(dls.vocab))
+        make_folder(file.parent)
+        write_whole(file, partial(torch.save, kept))
     parts = [(x.float(), y) for x,y in kept['parts']]
     if fold is not None:
         x, y = map(torch.cat, zip(*parts))
@@ -387,7 +396,7 @@ def run_one(
     t, out = tiers[tier], Path(out)
     results, key = out/f'{tier}.jsonl', _key(tier, label, fold, seed, out)
     if key in read_results(results): return
-    (out/'claims').mkdir(parents=True, exist_ok=True)
+    make_folder(out/'claims')
     with claim(out/'claims'/f'{tier}-{label}-{fold}.lock') as ours:
         if not ours or key in read_results(results): return
         dls, unseen = _loaders(tier, fold, out)
@@ -429,6 +438,7 @@ def run_study(
 ):
     "Run tiers, one after the other"
     end = math.inf if minutes is None else time.monotonic()+60*minutes
+    make_folder(out)
     for i,tier in enumerate(names):
         now = time.monotonic()
         stop = now + (end-now)/(len(names)-i)
@@ -445,10 +455,9 @@ def _todo(tier, out):
     return f"{tier}: {done:,} of {n:,} runs are there; a search of {each} goes before the rest"
 
 def _shard(text):
-    i, n = map(int, text.split('/'))
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f'shard must be i/n with i in 1..n, got {text}')
-    return i, n
+    i, _, n = (o.strip() for o in text.partition('/'))
+    if i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n): return int(i), int(n)
+    raise argparse.ArgumentTypeError(f'must be i/n with i in 1..n, such as 1/2, got {text!r}')
 
 def main(args=None):
     "The command python -m discloss.study"
@@ -464,6 +473,8 @@ def main(args=None):
     given = parser.parse_args(args)
     if default_device().type == 'cpu': torch.set_num_threads(1)
     names = [n for t in given.tiers for n in (gpu_tiers if t == 'gpu' else [t])]
+    try: make_folder(given.out)
+    except OSError as e: parser.error(f'--out: {e}')
     run_study(names, given.out, given.shard, given.minutes)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

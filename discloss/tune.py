@@ -23,7 +23,7 @@ from .plot import plot_style
 from .runs import arch_name, default_arch, default_lr, loss_learner, Watch
 from .learner import quiet
 from .specs import check_budget, loss_label, parse_loss, read_spec
-from .store import _last_byte, _lock, run_key
+from .store import _last_byte, _lock, make_folder, run_key
 
 # %% ../nbs/23_tune.ipynb #9b107426
 def search_space(
@@ -215,7 +215,7 @@ def _storage(optuna, out, storage):
     "Any URL that Optuna knows, or a journal in a folder, or memory"
     if storage is not None: return _known_storage(optuna, storage)
     if out is None: return None
-    file = str(_folder(out)/'tune.journal')
+    file = str(make_folder(out)/'tune.journal')
     journal = optuna.storages.journal.JournalFileBackend(file, lock_obj=_JournalLock(file))
     return optuna.storages.JournalStorage(journal)
 
@@ -224,14 +224,6 @@ def _known_storage(optuna, storage):
     except Exception as e: # SQLAlchemy and the drivers of databases have many
         raise ValueError("storage must be a URL that Optuna can open, such as sqlite:///tune.db, "
                          f"got {storage!r}: {e}") from e
-
-def _folder(out):
-    "A folder, made if it is not there"
-    out = Path(out)
-    try: out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        raise NotADirectoryError(f"out must be a folder, but a file is in the way of {out}") from e
-    return out
 
 def _check_search(loss, epochs, lr, **counts):
     "Raise TypeError or ValueError before work is lost"
@@ -374,7 +366,7 @@ def discloss_tune(
 ):
     "Search hyper-parameters of one loss, on validation images only"
     try:
-        file = _folder(out)/f'tune_{parse_loss(loss).name}.png'
+        file = make_folder(out)/f'tune_{parse_loss(loss).name}.png'
         found = tune(loss, data, n_trials, None, arch, None, epochs, seeds, lr, out, storage,
                      root=root, n_train=n_train)
         print(found)

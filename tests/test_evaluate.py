@@ -116,6 +116,11 @@ def test_verification_of_known_cases():
     for targ in torch.arange(4), torch.zeros(4).long(): # No pair of one class; none of two
         v = verification(torch.randn(4,2), targ)
         assert np.isnan(v.eer) and np.isnan(v.auroc)
+    alone = verification(torch.randn(1,2), torch.zeros(1).long())
+    assert np.isnan([alone.eer, alone.auroc, alone.tar_at(.1), alone.threshold_at(.1)]).all()
+    one = verification(torch.randn(4,2), torch.zeros(4).long())
+    assert np.isnan([one.tar_at(.1), one.threshold_at(.1)]).all()
+    assert np.isnan(verification(torch.randn(4,2), torch.arange(4)).tar_at(.1))
 
 # Unknown inputs
 

@@ -1,5 +1,5 @@
 "What the study asks of its data."
-import dataclasses, json
+import dataclasses, importlib, json
 from functools import partial
 
 import pytest
@@ -126,3 +126,58 @@ def test_heads_of_the_gpu_tiers_fit_their_networks(tier):
     t = study.tiers[tier]
     body = t.arch(n_in=1 if tier.startswith('mnist') else 3)
     for label in t.only: study.entries()[label].make().head(body.n_feats, t.classes)
+
+@pytest.fixture
+def features(tmp_path, monkeypatch):
+    "Frozen loaders of random features; calls are counted"
+    calls = []
+    class Loaders: vocab = ['a', 'b']
+    def image_dls(name, n_train, n_eval, **kwargs): return Loaders(), n_train, n_eval
+    def made(dls):
+        calls.append(1)
+        return [(torch.randn(n or 20, 3), torch.arange(n or 20) % 2) for n in (dls[1], dls[2], dls[2])]
+    class Pair(tuple): vocab = Loaders.vocab
+    monkeypatch.setattr(study, 'image_dls', lambda *args, **kwargs: Pair(image_dls(*args, **kwargs)))
+    monkeypatch.setattr(study, 'frozen_features', made)
+    def load(**sizes): return [len(dl.dataset) for dl in study.frozen_loaders('none', tmp_path, **sizes).loaders]
+    load.calls = calls
+    return load
+
+@pytest.mark.parametrize('keep', [0, 20, 0.5, 0.999])
+def test_damaged_features_are_made_anew(features, tmp_path, keep):
+    features(n_train=8, n_eval=6)
+    file, = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:keep if keep > 1 else int(keep*len(whole))])
+    assert features(n_train=8, n_eval=6) == features(n_train=8, n_eval=6) == [8, 6, 6]
+    assert len(features.calls) == 2
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+def test_features_of_other_sizes_are_others(features):
+    assert features(n_train=8, n_eval=6) == [8, 6, 6]
+    assert features(n_train=10, n_eval=6) == [10, 6, 6]
+    assert features(n_train=8) == [8, 20, 20]
+    assert features() == [20, 20, 20]
+    assert features(n_train=8, n_eval=6) == [8, 6, 6]
+    assert len(features.calls) == 4
+
+@pytest.mark.parametrize('text', ['a/b', '1/2/3', '1', '3/2', '0/2', '1/0', '-1/2', '1.5/2', '', '/'])
+def test_a_part_that_cannot_be_is_refused_in_words(text, capsys):
+    with pytest.raises(SystemExit): study.main(['digits', f'--shard={text}'])
+    assert 'must be i/n with i in 1..n, such as 1/2' in capsys.readouterr().err
+
+def test_a_part_is_read(): assert study._shard('2/3') == study._shard(' 2 / 3 ') == (2, 3)
+
+@pytest.mark.parametrize('command', ['study', 'claims'])
+def test_a_file_where_a_folder_must_be_is_named(command, tmp_path, capsys):
+    main = importlib.import_module(f'discloss.{command}').main
+    file = tmp_path/'file'
+    file.write_text('x')
+    args = ['digits', f'--out={file}'] if command == 'study' else [f'--out={file}/claims.jsonl']
+    with pytest.raises(SystemExit): main(args)
+    assert f'--out: {file} must be a folder, but a file is in the way' in capsys.readouterr().err
+
+def test_claims_go_into_a_file(tmp_path, capsys):
+    from discloss.claims import main
+    with pytest.raises(SystemExit): main([f'--out={tmp_path}'])
+    assert 'is a folder, a file is wanted' in capsys.readouterr().err

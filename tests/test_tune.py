@@ -96,8 +96,8 @@ def test_a_search_starts_without_a_scale_that_is_left_to_the_classes():
     (dict(loss=torch.nn.CrossEntropyLoss()), r'loss must be a name or an instance of DiscLoss, got CrossEntropyLoss\(\)'),
     (dict(loss=CenterLoss), 'loss must be a name or an instance of DiscLoss'),
     (dict(storage='nonsense'), "storage must be a URL that Optuna can open, .*'nonsense'"),
-    (dict(storage='nosuch:///x'), 'storage must be a URL'), (dict(out=__file__), 'out must be a folder'),
-    (dict(out=__file__+'/more'), 'out must be a folder')])
+    (dict(storage='nosuch:///x'), 'storage must be a URL'), (dict(out=__file__), 'must be a folder'),
+    (dict(out=__file__+'/more'), 'must be a folder')])
 def test_one_clear_error_for_a_wrong_budget(wrong, says, digits, monkeypatch):
     monkeypatch.setattr(module, '_score', None) # No trial begins
     with pytest.raises((ValueError, TypeError, OSError), match=says):
