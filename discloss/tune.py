@@ -281,10 +281,11 @@ def tune(
         try: candidate = type(loss)(**{**loss.hparams, **values})
         except ValueError: return 0. # Settings that do not go together
         return _score(optuna, trial, candidate, seeds, dls, arch, n_feats, epochs, fit, cbs)
+    draws = int(run_key([images, label]), 16)
     def before():
         n = len(_enqueue(study, first, alone))
         # The number decides what is drawn, so a search may stop and go on
-        study.sampler = optuna.samplers.TPESampler(seed=(int(name, 16)+n) % 2**32)
+        study.sampler = optuna.samplers.TPESampler(seed=(draws+n) % 2**32)
     _search(study, objective, before, n_trials, show, label)
     where = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}"
     trials = f"{counted(len(_done(study)), 'trial')} of {counted(seeds, 'seed')}"
