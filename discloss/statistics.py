@@ -7,7 +7,10 @@ __all__ = ['Difference', 'paired', 'interval', 'p_differs', 'paired_images', 'bo
 
 # %% ../nbs/09_statistics.ipynb #84b861be
 import math
+from collections import Counter
 from dataclasses import dataclass
+from itertools import permutations
+from operator import add
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +46,7 @@ def paired(
     a, b = _pair(a, b, 1)
     d = a-b
     v = d.var(ddof=1)
-    if v < (1e-12*np.abs(a).max())**2: v = 0. # rounding is no spread
+    if v < (1e-12*np.abs([a,b]).max())**2: v = 0. # rounding is no spread
     return Difference(d.mean(), len(d), v, ratio*v)
 
 def _pair(a, b, ndim):
@@ -61,7 +64,8 @@ def interval(
     d:Difference, # From `paired` or `paired_images`
     level:float=0.95, # Share of such intervals that hold the true difference
 ) -> tuple: # Lower and upper end
-    "Confidence interval of a difference"
+    "Confidence interval of a difference; without ends where it has no spread and few seeds"
+    if d.se == 0 and .5**d.n >= (1-level)/2: return -math.inf, math.inf
     half = d.t.ppf((1+level)/2)*d.se
     return d.mean-half, d.mean+half
 
@@ -114,10 +118,11 @@ def seeds_for(
     level:float=0.95, # Level of the interval
     power:float=0.5, # How often a difference of `h` is to be found
     most:int=10_000, # More than so many are no answer
+    df:float|None=None, # Degrees of freedom where seeds do not change them; None: n-1
 ) -> int|None: # At least 2; None: no number of seeds is enough
     "The number of seeds for an interval of half width `h`"
     def enough(n):
-        t = stats.t(n-1)
+        t = stats.t(n-1 if df is None else df)
         return (t.ppf((1+level)/2)+t.ppf(power)) * math.sqrt(var/n + rest) <= h
     if not enough(most): return None
     low, high = 1, most # `enough` is false at `low` and true at `high`
@@ -149,15 +154,10 @@ def paired_folds(
     w, F = N/N.sum(), len(ds)
     d = np.array([o.mean() for o in ds])
     images = w**2*[o.mean(0).var(ddof=1)/o.shape[1] for o in ds]
-    df = max(1, (S-1).sum())
-    seeds = (w**2/S).sum()*max(0., sum(map(_seeds_part, ds))/df)
+    seeds = (w**2/S).sum()*max(0., sum(map(_seeds_part, ds))/max(1, (S-1).sum()))
     between = F/max(1, F-1)*(w**2*(d-w@d)**2).sum()
-    within = images.sum()+seeds
-    excess = max(0., between-within)
-    spread = (images**2/(N-1)).sum() + seeds**2/df + excess**2/max(1, F-1)
-    se2 = within+excess
-    n, df = int(S.sum()), se2**2/spread if spread else None
-    return Difference(w@d, n, n*seeds, se2-seeds, df)
+    n, se2 = int(S.sum()), max(between, images.sum()+seeds)
+    return Difference(w@d, n, n*seeds, se2-seeds, max(1, F-1))
 
 def _gap(a, b):
     "The difference of what was right; checked"
@@ -246,10 +246,12 @@ def _short(x): return f'{x:.2f}'.rstrip('0').rstrip('.')
 def _needed(d, margin, alpha):
     "How many more seeds would show a difference, or equality, with a power of 80%"
     gap = abs(d.mean)
-    if d.se == 0: return _seeds_words(math.floor(-math.log2(alpha))+1 + (gap > 0) - d.n)
+    equal = margin is not None and gap < margin
+    if d.se == 0: return _seeds_words(math.floor(-math.log2(alpha))+2-equal-d.n)
     ways = [(gap, 1-alpha)]
     if margin is not None: ways.append((margin-gap, 1-2*alpha))
-    found = [seeds_for(h, d.var, d.rest, level, .8) for h,level in ways if h > 0]
+    df = d.df if d.df and d.df < d.n-1 else None # Of folds
+    found = [seeds_for(h, d.var, d.rest, level, .8, df=df) for h,level in ways if h > 0]
     found = [n for n in found if n is not None]
     if not found: return "more test images needed"
     return _seeds_words(min(found)-d.n)
@@ -333,7 +335,8 @@ def plot_differences(
         ax.axvline(0, color=ink, lw=.8, zorder=1)
         for y,(k,r) in enumerate(rows.iterrows()):
             look = loss_style(k)
-            ax.plot([scale*r.low,scale*r.high], [y,y], color=look['color'], lw=1.8)
+            ends = [scale*r.low,scale*r.high]
+            if np.isfinite(ends).all(): ax.plot(ends, [y,y], color=look['color'], lw=1.8)
             ax.plot(scale*r.difference, y, color=look['color'], marker=look['marker'], ms=6)
         ax.set_yticks(range(len(rows)), [str(k) for k in rows.index])
         ax.set(ylim=(-.7,len(rows)-.3), xlabel=f"{xlabel} to {ref}")
@@ -364,7 +367,7 @@ def better(
 ) -> bool:
     "Is a better than b by more than the noise: a paired test over three seeds at least?"
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if len(a) < 3 or not np.isfinite(a-b).all(): return False
+    if len(a) < 3 or not np.isfinite([*a,*b]).all(): return False
     return _beats(paired(a, b), more, alpha)
 
 def _beats(d, more, alpha):
@@ -394,7 +397,7 @@ class Ranks:
     "Mean ranks of entries over data sets"
     mean:pd.Series # Entry -> mean rank, 1 is best; sorted
     n:int # Number of data sets
-    p:float # Of Friedman's test in the form of Iman and Davenport
+    p:float # Of Friedman's test: exact for few sets, else in the form of Iman and Davenport
     cd:float # Mean ranks that differ by more differ surely
 
     @property
@@ -422,8 +425,21 @@ def rank_test(
     within = ((ranks-ranks.mean())**2).sum(axis=None)
     # Friedman's statistic in the form of Iman and Davenport
     F = between*(n-1)/within if within else math.inf
-    p = float(stats.f(k-1, (k-1)*(n-1)).sf(F)) if between else 1.
+    if math.factorial(k)**(n-1) <= 50_000: p = _exact_p(ranks.to_numpy())
+    else: p = float(stats.f(k-1, (k-1)*(n-1)).sf(F)) if between else 1.
     return Ranks(mean, n, p, critical_difference(k, n, alpha))
+
+def _exact_p(ranks):
+    "How often ranks that are dealt anew in each row have sums as far apart as these"
+    def spread(sums): return sum(v*v for v in sums)
+    found = Counter([tuple(ranks[0])]) # Sums of ranks and how often they occur
+    for row in ranks[1:]:
+        found, before = Counter(), found
+        for sums,times in before.items():
+            for dealt in permutations(row):
+                found[tuple(sorted(map(add, sums, dealt)))] += times
+    as_far = spread(ranks.sum(0)) - 1e-9
+    return sum(t for sums,t in found.items() if spread(sums) >= as_far)/found.total()
 
 def critical_difference(
     k:int, # Number of entries

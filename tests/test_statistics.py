@@ -154,7 +154,9 @@ def test_cliques_are_as_large_as_can_be():
     assert ranks.cliques == [['a','b'],['b','c']]
 
 def test_pictures_are_drawn():
-    table = against(dict(ce=[.9,.91,.92], a=[.95,.96,.975], b=[.9,.92,.92]))
+    table = against(dict(ce=[.9,.91,.92], a=[.95,.96,.97], b=[.9,.92,.92]))
+    assert math.isinf(table.low['a']) # No spread
+    assert np.isfinite(plot_differences(table).axes[0].get_xlim()).all()
     assert [t.get_text() for t in plot_differences(table).axes[0].get_yticklabels()] == ['b','a']
     plot_ranks(rank_test(np.random.default_rng(0).normal(size=(6,7)))).draw_without_rendering()
 
@@ -169,3 +171,98 @@ def test_runs_that_both_have_are_compared_as_their_form_asks(form):
     folds = [(a[i:i+2], b[i:i+2]) for i in (0,2,4)]
     want = dict(scores=lambda: paired(a, b, .1), answers=lambda: paired_images(a, b), folds=lambda: paired_folds(folds))
     assert paired_runs(new, old, .1) == want[form]()
+
+def fold_answers(rng, F, S, N=120, fold_sd=0.):
+    for _ in range(F):
+        shift = fold_sd*rng.normal(size=(2,1,1)) + .004*rng.normal(size=(2,S,1))
+        yield rng.random((2,S,N)) < .9+shift+.1*rng.normal(size=(2,1,N))
+
+@pytest.mark.parametrize('F,S,fold_sd', [(5,1,0), (5,1,.03), (5,2,.03), (5,4,0), (5,4,.02), (5,4,.03), (3,1,.03), (3,2,.02), (3,4,.03)])
+def test_interval_of_folds_holds_the_truth(F, S, fold_sd):
+    rng, n = np.random.default_rng(12), 200
+    ds = [paired_folds(list(fold_answers(rng, F, S, fold_sd=fold_sd))) for _ in range(n)]
+    ends = [interval(d) for d in ds]
+    assert np.mean([low <= 0 <= high for low,high in ends]) > .92 # A standard deviation of 0.015
+    assert np.mean([p_differs(d) < .05/10 for d in ds]) < .02 # Far out too, as Holm asks
+
+def test_folds_show_a_difference_that_is_large():
+    rng = np.random.default_rng(13)
+    ds = [paired_folds(list(fold_answers(rng, 5, 4))) for _ in range(200)]
+    assert np.mean([interval(d)[0] > -.04 for d in ds]) > .7 # Four points more
+
+def test_more_seeds_in_the_same_folds_are_not_promised_too_much():
+    d = Difference(.004, 20, 1e-6, 2.25e-6, 4)
+    assert verdict(d, None)[1] == 'not settled: more test images needed'
+    assert seeds_for(.01, 1e-4) < seeds_for(.01, 1e-4, df=4)
+
+def test_seeds_of_a_fold_are_one_score():
+    rng = np.random.default_rng(14)
+    a, b = rng.normal(size=(2,5,4))
+    runs = [{(f,s): o[f,s] for f in range(5) for s in range(4)} for o in (a, b)]
+    assert paired_runs(*runs, .3) == paired(a.mean(1), b.mean(1), .3)
+    alone = [{(0,s): v for s,v in enumerate(o[0])} for o in (a, b)]
+    assert paired_runs(*alone) == paired(a[0], b[0])
+
+@pytest.mark.parametrize('swap', [False, True])
+def test_rounding_is_no_spread_whichever_is_larger(swap):
+    a, b = [0.]*3, [.1]*3
+    d = paired(b, a) if swap else paired(a, b)
+    assert p_differs(d) == .25
+
+@pytest.mark.parametrize('n', range(2, 9))
+@pytest.mark.parametrize('level', [.9,.95])
+def test_intervals_without_spread_agree_with_the_tests(n, level):
+    for mean in (0., .001):
+        low, high = interval(Difference(mean, n, 0.), level)
+        if level == .9: assert (-.003 < low and high < .003) == (p_equal(Difference(mean, n, 0.), .003) < .05)
+        elif mean: assert (low > 0) == (p_differs(Difference(mean, n, 0.)) < .05)
+
+@pytest.mark.parametrize('mean', [0.,.001,.01])
+@pytest.mark.parametrize('m', [1,18])
+def test_seeds_that_are_promised_without_spread_settle_it(mean, m):
+    alpha = .05/m
+    text = verdict(Difference(mean, 3, 0.), m=m)[1]
+    more = int(text.split('about ')[1].split()[0])
+    def settled(n):
+        d = Difference(mean, n, 0.)
+        return verdict(d, p=p_differs(d)*m, p_eq=p_equal(d, .003)*m)[0] != 'open'
+    assert settled(3+more) and (more == 1 or not settled(2+more))
+
+def test_ranks_of_few_sets_are_counted():
+    assert rank_test([[.9,.8],[.7,.6]]).p == .5
+    assert rank_test([[3,2,1]]*3).p == pytest.approx(1/36)
+    assert rank_test([[1,1],[2,2]]).p == 1
+
+@pytest.mark.parametrize('n,k', [(2,2), (3,2), (2,3), (3,3), (3,4), (3,8), (5,4), (8,3)])
+def test_equal_entries_rarely_differ_in_rank(n, k):
+    rng, sims = np.random.default_rng(15), 200
+    alarms = np.mean([rank_test(rng.normal(size=(n,k))).p < .05 for _ in range(sims)])
+    assert alarms < .09, alarms
+
+def test_runs_with_other_test_images_are_named():
+    ce = {(0,0): np.ones(10), (0,1): np.ones(10)}
+    with pytest.raises(ValueError, match=r'new against ce, run \(0, 1\).*same test images, got 12 and 10'):
+        against(dict(ce=ce, new=ce | {(0,1): np.ones(12)}))
+    both = ce | {(0,1): np.ones(12)}
+    with pytest.raises(ValueError, match='got 12 and 12, and 10 in run'): winner(dict(ce=both, new=both))
+
+def test_none_is_a_run_without_a_number():
+    t = against(dict(ce=[.9,.91,.92,.93], a=[.95,None,.97,.985]))
+    assert t.seeds['a'] == 3 and t.status['a'] == 'ahead'
+    assert not better([.9,None,.8], [.8]*3)
+
+def test_means_of_an_entry_are_those_of_the_runs_it_shares():
+    t = against(dict(ce={0: .95, 1: .80, 2: .81, 3: .80}, new={1: .85, 2: .87, 3: .86, 9: .2}))
+    assert t['mean']['new']-t.ref_mean['new'] == pytest.approx(t.difference['new'])
+    assert t.status['new'] == 'ahead'
+    folds = {(f,s): np.arange(10*(f+1)) < 5 for f in range(3) for s in range(2) if (f,s) != (1,1)}
+    t = against(dict(ce={k: np.ones(len(v)) for k,v in folds.items()}, new=folds))
+    assert t['mean']['new']-t.ref_mean['new'] == pytest.approx(t.difference['new'])
+
+def test_without_a_margin_nothing_is_equal():
+    t = against(dict(ce=[.9,.9,.9,.9,.9,.9], a=[.9,.9,.9,.9,.9,.9]), margin=None)
+    assert t.status['a'] == 'open' and math.isnan(t.p_equal['a'])
+
+def test_overlap_of_folds_takes_away_a_winner():
+    runs = dict(a={(f,0): v for f,v in enumerate([.90,.92,.91,.93,.92])}, b={(f,0): .9 for f in range(5)})
+    assert winner(runs) == 'a' and winner(runs, ratio=1.) is None
