@@ -26,13 +26,15 @@ def box_text(cell):
     "What the box on top of a chapter has to say; None for a cell that makes no box"
     from discloss.evidence import in_short
     found = box.fullmatch(cell.source) if cell.cell_type == 'code' else None
-    return found and in_short(*(n.strip(" '") for n in found[1].split(','))).data
+    return found and in_short(*(n.strip(" '\"") for n in found[1].split(','))).data
 
 def fill_boxes(path):
     "Compute the box on top of a chapter; is there one?"
     nb = nbformat.read(path, as_version=4)
     texts = [(c, text) for c in nb.cells if (text := box_text(c))]
-    for c,text in texts: c.outputs[0].data['text/markdown'] = text
+    for c,text in texts:
+        c.outputs = [nbformat.v4.new_output('execute_result', {'text/markdown': text},
+                                            execution_count=c.execution_count)]
     if texts: nbformat.write(nb, path)
     return bool(texts)
 

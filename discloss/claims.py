@@ -461,7 +461,7 @@ def arm_name(label):
 
 def rounded(*numbers, half):
     "Numbers with as many digits as the half width of their interval supports"
-    digits = 3 if not half > 0 else max(0, 1-math.floor(math.log10(half)))
+    digits = 3 if not 0 < half < math.inf else max(0, 1-math.floor(math.log10(half)))
     digits = min(digits, 6)
     return [f'{round(x, digits)+0.:.{digits}f}'.replace('-', '−') for x in numbers]
 
