@@ -292,10 +292,11 @@ class CosineHead(Head):
         margin:float|None=None, # Handed to a loss whose margin depends on n_in and n_out
         chunked:bool|None=None, # In training, leave logits to the loss? None: above many_classes
         sample:bool=False, # In training, draw a lot for each class, so that the loss can sample?
+        margin_name:str='margin', # Its name in the dict: a loss takes no margin of another kind
     ):
         super().__init__(n_in, n_out)
         check_hparams(dict(scale=Number(0, above=True)), scale=scale)
-        self.scale,self.margin,self.sample = scale,margin,sample
+        self.scale,self.margin,self.sample,self.margin_name = scale,margin,sample,margin_name
         self.chunked = sample or (n_out > many_classes if chunked is None else chunked)
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(n_out, n_in)))
 
@@ -312,7 +313,8 @@ class CosineHead(Head):
         scale = self.scale_like(feats)
         if not self.training: return scale*cosine(feats, self.weight)
         out = dict(scale=scale)
-        if self.margin is not None: out['margin'] = torch.full_like(scale.detach(), self.margin)
+        if self.margin is not None:
+            out[self.margin_name] = torch.full_like(scale.detach(), self.margin)
         if self.sample: out['lots'] = torch.rand(self.n_out, device=feats.device)
         # A view, since a leaf that goes out of a module surprises mixed precision and checkpointing
         if self.chunked: return dict(out, feats=feats, weight=self.weight.view_as(self.weight))

@@ -105,6 +105,6 @@ class ArcFaceLoss(GSoftmaxLoss):
         super().__init__(scale, sample, reduction, weight)
         self.set_hparams(margin=margin, straight=straight)
 
-    auto_margin = staticmethod(arcface_margin)
+    auto_margin,margin_name = staticmethod(arcface_margin),'angle'
     def own(self, u, margin=None):
         return arcface_transform(u, u, self._margin(margin), self.straight)[0]

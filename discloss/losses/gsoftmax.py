@@ -83,6 +83,7 @@ class GSoftmaxLoss(DiscLoss, ABC):
         super().__init__(reduction, weight)
         self.set_hparams(scale=scale, sample=sample)
 
+    margin_name = 'margin' # What the head calls a margin of its own, which loss takes
     def own(self, u): return u # What becomes of the cosine to the own class, (batch, 1)
     def others(self, u): return u # And of the cosines to other classes, (batch, classes)
 
@@ -90,9 +91,9 @@ class GSoftmaxLoss(DiscLoss, ABC):
     def curved(self): return type(self).others is not GSoftmaxLoss.others
 
     def loss(self, scale, targ,
-        logits=None, feats=None, weight=None, lots=None, margin=None):
+        logits=None, feats=None, weight=None, lots=None, margin=None, angle=None):
         self._check_head_scale(scale)
-        own = self.own if margin is None else partial(self.own, margin=margin)
+        own = self._own(dict(margin=margin, angle=angle))
         if logits is None: label, rest = self._in_chunks(scale, targ, feats, weight, lots)
         else: label, rest = self._split(logits, targ, scale)
         # $s\,T_p(u_y)$ beside $\log\sum_{j\ne y}e^{s\,T_n(u_j)}$
@@ -134,11 +135,20 @@ def head(self:GSoftmaxLoss,
 def _head_args(self:GSoftmaxLoss, n_in, n_out):
     args = dict(scale=self.scale, sample=self.sample is not None)
     if self.scale == 'auto': args['scale'] = auto_scale(n_out)
-    auto_margin = getattr(self, 'margin', None) == 'auto'
-    if auto_margin: args['margin'] = self.auto_margin(n_in, n_out)
+    if self._auto_margin:
+        args |= dict(margin=self.auto_margin(n_in, n_out), margin_name=self.margin_name)
     return args
 
+@patch(as_prop=True)
+def _auto_margin(self:GSoftmaxLoss): return getattr(self, 'margin', None) == 'auto'
+
 # %% ../../nbs/losses/50_gsoftmax.ipynb #0324b793
+@patch
+def _own(self:GSoftmaxLoss, margins):
+    "own with the head's margin, if it is left to the head"
+    given = margins[self.margin_name] if self._auto_margin else None
+    return self.own if given is None else partial(self.own, margin=given)
+
 @patch
 def _margin(self:GSoftmaxLoss, given):
     "The margin of this loss; if that is 'auto', the one that the head gave"
@@ -171,11 +181,15 @@ def _sampled(weight, targ, lots, sample):
     return weight[rows], torch.searchsorted(rows, targ)
 
 # %% ../../nbs/losses/50_gsoftmax.ipynb #a242c2f8
+def _at_least(n_out, n):
+    if n_out < n: raise ValueError(f"n_out must be at least {n} classes, got {n_out}")
+
 def auto_scale(
     n_out:int, # Number of classes, at least 2
     prob:float=0.9999, # Least probability at the class centers
 ) -> float:
     "The least scale at which a softmax over cosines can be that sure, by the bound of CosFace"
+    _at_least(n_out, 2)
     # $s\ge\frac{C-1}C\log\frac{(C-1)P}{1-P}$
     return (n_out-1)/n_out*math.log((n_out-1)*prob/(1-prob))
 
@@ -184,6 +198,7 @@ def adacos_scale(
     n_out:int, # Number of classes, at least 3
 ) -> float:
     "The fixed scale of AdaCos"
+    _at_least(n_out, 3)
     # $\sqrt2\log(C-1)$
     return math.sqrt(2)*math.log(n_out-1)
 
@@ -192,11 +207,14 @@ def widest_angle(
     n_in:int, # Number of features
     n_out:int, # Number of classes, at least 2
 ) -> float: # Radians
-    "The largest angle that all pairs of class weights can have, exactly or nearly so"
+    "The largest angle that all pairs of class weights can have; estimated above 2 n_in classes"
+    _at_least(n_out, 2)
     if n_out <= n_in+1: return math.acos(-1/(n_out-1)) # A simplex
     if n_in == 1: return 0. # Two directions only
     if n_in == 2: return 2*math.pi/n_out # A regular polygon
-    # Up to 2 n_in classes lie on axes; for more, caps of half that angle share the sphere,
-    # and the share of a cap is about that of its shadow
-    if n_out <= 2*n_in: return math.pi/2
-    return min(math.pi/2, 2*math.asin(n_out**(-1/(n_in-1))))
+    if n_out <= 2*n_in: return math.pi/2 # On the axes
+    from scipy.special import betainc, betaincinv
+    # The share of a cap of radius $\varphi$ is $\frac12I_{\sin^2\varphi}(\frac{d-1}2,\frac12)$
+    kind = (n_in-1)/2, 1/2
+    square = betaincinv(*kind, 2*n_in/n_out*betainc(*kind, 1/2))
+    return 2*math.asin(math.sqrt(square))
