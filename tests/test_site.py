@@ -125,6 +125,35 @@ def shows_nothing(cell):
 def test_cells_have_their_output(path):
     for cell in cells(path, 'code'): assert not shows_nothing(cell), cell.source[-300:]
 
+@each_notebook
+def test_p_values_are_not_zero(path):
+    "A p-value is below some number, but never 0"
+    for cell in cells(path, 'code'):
+        for o in cell.outputs:
+            for text in (o.get('text', ''), *o.get('data', {}).values()):
+                assert not re.search(r'p = 0\.0+(?!\d)', str(text)), cell.source[:200]
+
+@each_notebook
+def test_seeds_decide(path):
+    "Which of two trained networks has more is decided by a test over seeds, not by a bare comparison"
+    for cell in cells(path, 'code'):
+        bare = re.search(r'decided\((\w+) > (\w+), no=\1 < \2\)', cell.source)
+        assert not bare, f'{bare[0]}: use is_better'
+
+chapters = [p for p in notebooks if p.parent.name == 'losses']
+
+def compares_samples(path):
+    return any(re.search(r'^    (separable, *)?pairs *= *(False, *)?True', c.source, flags=re.M)
+               for c in cells(path, 'code'))
+
+def test_some_losses_compare_samples(): assert sum(map(compares_samples, chapters)) >= 4
+
+@pytest.mark.parametrize('path', filter(compares_samples, chapters), ids=page_id)
+def test_pairs_need_batches(path):
+    "The box of a loss that compares samples says who makes batches with several of a class"
+    box = next(c.source for c in cells(path, 'markdown') if c.source.startswith('::: {.callout-note'))
+    assert 'class_balanced(dls)' in box
+
 def modules():
     import importlib, pkgutil
     import discloss
