@@ -230,7 +230,8 @@ def _check_search(loss, epochs, lr, **counts):
     if not isinstance(loss, (str, DiscLoss)):
         raise TypeError(f"loss must be a name or an instance of DiscLoss, got {loss!r}")
     check_budget(epochs=epochs, **counts)
-    if lr == 'find': raise ValueError("lr must be positive, rates around it are searched; got 'find'")
+    if lr == 'find':
+        raise ValueError("lr must be positive, rates around it are searched; got 'find'")
     check_budget(lr=lr)
 
 def tune(
