@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['Difference', 'paired', 'interval', 'p_differs', 'paired_images', 'bootstrap', 'seeds_for', 'p_equal', 'paired_folds',
-           'paired_runs', 'holm', 'verdict', 'against', 'reference', 'plot_differences', 'keeps_up', 'better', 'winner',
-           'Ranks', 'rank_test', 'critical_difference', 'plot_ranks']
+           'paired_runs', 'holm', 'moderated', 'verdict', 'against', 'reference', 'plot_differences', 'keeps_up',
+           'better', 'winner', 'Ranks', 'rank_test', 'critical_difference', 'plot_ranks']
 
 # %% ../nbs/09_statistics.ipynb #84b861be
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from operator import add
 
@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import digamma, polygamma
 
 from .plot import class_colors, fit_ticks, ink, loss_style, plot_axes, plot_style
 
@@ -29,6 +31,7 @@ class Difference:
     var:float # Variance of the difference between seeds
     rest:float=0. # Part of the squared standard error that no further seed removes
     df:float|None=None # Degrees of freedom of `se`; None: n-1
+    floor:float|None=None # The least that the squared `se` can be; None: not from folds
 
     @property
     def se(self): return math.sqrt(self.var/self.n + self.rest)
@@ -156,8 +159,8 @@ def paired_folds(
     images = w**2*[o.mean(0).var(ddof=1)/o.shape[1] for o in ds]
     seeds = (w**2/S).sum()*max(0., sum(map(_seeds_part, ds))/max(1, (S-1).sum()))
     between = F/max(1, F-1)*(w**2*(d-w@d)**2).sum()
-    n, se2 = int(S.sum()), max(between, images.sum()+seeds)
-    return Difference(w@d, n, n*seeds, se2-seeds, max(1, F-1))
+    n, within = int(S.sum()), images.sum()+seeds
+    return Difference(w@d, n, n*seeds, max(between, within)-seeds, max(1, F-1), within)
 
 def _gap(a, b):
     "The difference of what was right; checked"
@@ -189,7 +192,8 @@ def paired_runs(
         return paired_images(*pairs[0]) if alone else paired_folds(pairs)
     if alone: return paired(*pairs[0], ratio)
     # seeds of a fold share its images and its search, so a fold is one score
-    return paired(*np.transpose([[o.mean() for o in pair] for pair in pairs]), ratio)
+    found = paired(*np.transpose([[o.mean() for o in pair] for pair in pairs]), ratio)
+    return replace(found, floor=0.)
 
 def _by_seed(v):
     "Finite results by the name of the run"
@@ -221,6 +225,33 @@ def holm(
     scaled = p[order]*np.arange(len(order), 0, -1)
     res[order] = np.minimum(1, np.maximum.accumulate(scaled))
     return res
+
+# %% ../nbs/09_statistics.ipynb #e3c0ffee
+def moderated(
+    diffs, # Differences to the same reference, from `paired_runs`
+) -> list: # Those over folds have other standard errors and degrees of freedom
+    "Standard errors over folds, drawn toward what is usual among the entries"
+    alike = [i for i,d in enumerate(diffs) if d.floor is not None and d.se]
+    if len(alike) < 3: return list(diffs)
+    own = np.array([diffs[i].se**2 for i in alike])
+    df = np.array([diffs[i].t.args[0] for i in alike])
+    usual, weight = _usual(own, df)
+    drawn = (weight*usual + df*own)/(weight+df)
+    res = list(diffs)
+    for i,se2,n in zip(alike, drawn, weight+df):
+        d = diffs[i]
+        longer = max(se2, d.floor)/d.se**2
+        res[i] = replace(d, var=longer*d.var, rest=longer*d.rest, df=n)
+    return res
+
+def _usual(own, df):
+    "What variances have in common, and the degrees of freedom that it counts for"
+    z = np.log(own) - digamma(df/2) + np.log(df/2)
+    extra, most = z.var(ddof=1)-polygamma(1, df/2).mean(), 2*df.max()
+    weight = most
+    if extra > polygamma(1, most/2):
+        weight = 2*brentq(lambda x: polygamma(1, x)-extra, 1e-3, most/2)
+    return np.exp(z.mean() + digamma(weight/2) - np.log(weight/2)), weight
 
 # %% ../nbs/09_statistics.ipynb #e6674b40
 def verdict(
@@ -275,6 +306,7 @@ def against(
     if ref not in scores: raise ValueError(f"ref must be one of {list(scores)}, got {ref!r}")
     diffs = {k: _compare(scores, k, ref, ratio) for k in scores if k != ref}
     known = {k: d for k,d in diffs.items() if d is not None}
+    known = dict(zip(known, moderated(list(known.values()))))
     p = dict(zip(known, holm([p_differs(d) for d in known.values()])))
     equal = [math.nan if margin is None else p_equal(d, margin) for d in known.values()]
     p_eq = dict(zip(known, holm(equal)))
