@@ -377,12 +377,11 @@ experiments = {
 }
 
 # %% ../nbs/studies/22_claims.ipynb #ee6b0807
-def of_study(tier, ratio):
+def of_study(tier):
     t = tiers[tier]
-    return Experiment(f'{t.title}, all tuned alike', {}, None, t.folds*t.seeds, ratio)
+    return Experiment(f'{t.title}, all tuned alike', {}, None, t.folds*t.seeds, t.ratio)
 
-studies = {'study digits': of_study('digits', 360/1150),
-           'study characters': of_study('characters', tiers['characters'].ratio)}
+studies = {f'study {tier}': of_study(tier) for tier in ('digits', 'characters')}
 
 def experiment_of(name): return (experiments | studies)[name]
 

@@ -263,7 +263,7 @@ _narrow = partial(small_body, width=16)
 
 def _shift(name, place, epochs=10, only=own):
     return Tier(f'Digits, {name}', partial(shifted_fold, shift=name), _narrow, folds=5, seeds=2,
-                epochs=epochs, trials=6, only=only, place=place)
+                epochs=epochs, trials=6, only=only, place=place, ratio=1/4)
 
 def _images(name, arch, n_train=20_000, network='', **kwargs):
     def loaders(fold, out): return image_dls(name, n_train=n_train)
@@ -283,9 +283,9 @@ def _features(fold, out): return frozen_loaders('cifar100', out, n_train=5000, n
 tiers = {
     'digits': Tier('Digits, nested cross-validation', digits_fold, _narrow,
                    folds=5, seeds=4, trials=10, tries=2, only=own, margin=0.003,
-                   place='digits'),
+                   place='digits', ratio=1/4),
     'flowers': Tier('Flowers, frozen features', _flowers, embedding, folds=5, seeds=4,
-                    epochs=15, trials=10, classes=12, place='flowers'),
+                    epochs=15, trials=10, classes=12, place='flowers', ratio=1/4),
     'characters': Tier('Unseen characters', character_loaders,
                        partial(small_body, width=16, n_feats=128),
                        folds=5, seeds=1, epochs=12, trials=4, only=own, classes=121,
@@ -450,7 +450,8 @@ def run_study(
 def _todo(tier, out):
     "What a tier will cost"
     t, n = tiers[tier], len(plan(tier))
-    done = len(read_results(Path(out)/f'{tier}.jsonl'))
+    rows = read_results(Path(out)/f'{tier}.jsonl')
+    done = sum(_key(tier, *piece, Path(out)) in rows for piece in plan(tier))
     each = f"{t.trials} trials of {t.tries} runs" if t.tries > 1 else f"{t.trials} trials"
     return f"{tier}: {done:,} of {n:,} runs are there; a search of {each} goes before the rest"
 
