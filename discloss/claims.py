@@ -48,7 +48,9 @@ from .losses.pedcc import PEDCCHead, from_centroid
 from .losses.pod import PODHead
 from .runs import Watch, device_name, loss_learner, versions
 from .specs import parse_loss, read_minutes
-from .statistics import holm, interval, p_differs, p_equal, paired, paired_runs
+from .metric import references
+from .statistics import (holm, interval, moderated, p_differs, p_equal, paired,
+                                 paired_runs)
 from .store import append_result, claim, make_folder, plain, read_results, run_key
 from .study import digits_fold, shifted_fold, tensor_loaders, tiers
 
@@ -554,7 +556,15 @@ class Versus:
 
     def difference(self, runs):
         "The difference, with its interval; None: fewer than two runs"
-        return paired_runs(*self.arms(runs), experiment_of(self.experiment).ratio)
+        a, b = self.arms(runs)
+        ratio = experiment_of(self.experiment).ratio
+        mine = paired_runs(a, b, ratio)
+        if mine is None or self.experiment not in studies: return mine
+        # As in the tables, the spreads of all entries tell of each other
+        names = runs[self.experiment].keys() - {self.a, self.b, *references}
+        rest = [compared(runs, self.experiment, k, self.name) for k in sorted(names)]
+        rest = [paired_runs(o, b, ratio) for o in rest]
+        return moderated([mine, *filter(None, rest)])[0]
 
     def pair(self):
         "What is compared, in words"

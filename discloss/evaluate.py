@@ -120,6 +120,7 @@ class Verification:
     @property
     def auroc(self) -> float: # In [0, 1]
         "Area under the ROC curve"
+        if np.isnan(self.far).any(): return np.nan
         return float(np.trapezoid(self.tar, self.far))
 
     def _at(self, values, far):

@@ -1,5 +1,6 @@
 "Statistics by simulation and against scipy: what the notebook shows once is tried here over more settings."
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,9 +200,45 @@ def test_seeds_of_a_fold_are_one_score():
     rng = np.random.default_rng(14)
     a, b = rng.normal(size=(2,5,4))
     runs = [{(f,s): o[f,s] for f in range(5) for s in range(4)} for o in (a, b)]
-    assert paired_runs(*runs, .3) == paired(a.mean(1), b.mean(1), .3)
+    assert paired_runs(*runs, .3) == replace(paired(a.mean(1), b.mean(1), .3), floor=0.)
     alone = [{(0,s): v for s,v in enumerate(o[0])} for o in (a, b)]
     assert paired_runs(*alone) == paired(a[0], b[0])
+
+def over_folds(spreads, seed=0, F=5):
+    rng = np.random.default_rng(seed)
+    return [replace(paired(s*rng.normal(size=F), np.zeros(F)), floor=0.) for s in spreads]
+
+def test_what_losses_have_in_common_counts_at_most_twice_their_own():
+    alike, unlike = over_folds([1.]*12), over_folds(10.**np.arange(-6, 6))
+    assert {d.df for d in moderated(alike)} == {12.}
+    near = moderated(unlike)
+    assert all(4 < d.df < 5 for d in near)
+    assert [d.se for d in near[3:]] == pytest.approx([d.se for d in unlike[3:]], rel=.1)
+
+def test_moderated_differences_stay_what_they_are():
+    diffs = over_folds([1.]*12)
+    new = moderated(diffs)
+    assert [d.mean for d in new] == [d.mean for d in diffs]
+    assert np.std([d.se for d in new]) < np.std([d.se for d in diffs])
+    assert moderated(diffs[:2]) == diffs[:2]
+    seeds = [replace(d, floor=None) for d in diffs]
+    assert moderated(seeds) == seeds
+    still = replace(diffs[0], var=0., rest=0.)
+    assert moderated([still, *diffs])[0] == still
+
+def test_noise_inside_the_folds_stays():
+    high = [replace(d, floor=9.) for d in over_folds([1.]*12)]
+    assert [d.se for d in moderated(high)] == pytest.approx([3.]*12)
+
+def test_equal_losses_over_the_same_folds_are_seldom_called_different():
+    rng, alarms = np.random.default_rng(3), 0
+    for _ in range(150):
+        of_fold = .02*rng.normal(size=(12,5,1,1))
+        right = rng.random((12,5,2,120)) < .8+of_fold
+        runs = [{(f,s): r[f,s] for f in range(5) for s in range(2)} for r in right]
+        table = against(dict(enumerate(runs)), 0, .003)
+        alarms += table.status.isin(['ahead','behind']).any()
+    assert alarms/150 < .12
 
 @pytest.mark.parametrize('swap', [False, True])
 def test_rounding_is_no_spread_whichever_is_larger(swap):

@@ -138,8 +138,8 @@ def test_choices_need_not_be_json(kind, journal, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(module, '_score', score)
     for _ in range(2):
         loss = own(Choice(values, search=True), values[0])
-        found = tune(loss, digits, 12, show=False, out=tmp_path if journal else None)
-    assert len(tried) == (12 if journal else 24)
+        found = tune(loss, digits, 30, show=False, out=tmp_path if journal else None)
+    assert len(tried) == (30 if journal else 60)
     assert tried[0] is values[0] or tried[0] == values[0]
     assert {(type(v), v) for v in tried} == {(type(v), v) for v in values}
     assert (type(found.loss.g), found.loss.g) == (type(values[-1]), values[-1])
