@@ -86,7 +86,8 @@ def missing(
     planned = set(plan(tier))
     done = planned.intersection(map(_which, study_rows(tier, folder)))
     if done == planned: return ''
-    return f"{len(done):,} of {len(planned):,} runs are there; `python -m discloss.study {tier}` adds the rest."
+    return (f"{len(done):,} of {len(planned):,} runs are there; "
+            f"`python -m discloss.study {tier}` adds the rest.")
 
 # %% ../nbs/27_evidence.ipynb #4d96fd97
 words = dict(ahead='better', behind='worse', equal='equivalent', open='not decided')
