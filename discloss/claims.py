@@ -356,7 +356,7 @@ by_scale = {f'{name}, s={s}': f'{loss}(scale={s})' for s in scales
 
 experiments = {
     'variants': Experiment('Formulas against definitions',
-        {'softmax': 'softmax', 'A-softmax': 'A-softmax'}, variants, 5, 0),
+        {'softmax': 'softmax', 'A-softmax': 'A-softmax'}, variants, 10, 0),
     'digits': Experiment('Digits', plain_digits, partial(plainly, more=of_the_head)),
     'spread': Experiment('Digits, a constant rate', pulled, spreading, 6),
     'open': Experiment('Digits, nine of ten',
