@@ -450,8 +450,10 @@ def run_study(
 def _todo(tier, out):
     "What a tier will cost"
     t, n = tiers[tier], len(plan(tier))
-    rows = read_results(Path(out)/f'{tier}.jsonl')
-    done = sum(_key(tier, *piece, Path(out)) in rows for piece in plan(tier))
+    budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
+    rows = read_results(Path(out)/f'{tier}.jsonl').values()
+    rows = [r for r in rows if budget.items() <= r['setting'].items()]
+    done = len({(r['label'], r['fold'], r['seed']) for r in rows}.intersection(plan(tier)))
     each = f"{t.trials} trials of {t.tries} runs" if t.tries > 1 else f"{t.trials} trials"
     return f"{tier}: {done:,} of {n:,} runs are there; a search of {each} goes before the rest"
 
