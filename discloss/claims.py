@@ -46,9 +46,9 @@ from .losses.em_softmax import EMSoftmaxHead
 from .losses.gsoftmax import gsoftmax_loss
 from .losses.pedcc import PEDCCHead, from_centroid
 from .losses.pod import PODHead
+from .metric import references
 from .runs import Watch, device_name, loss_learner, versions
 from .specs import parse_loss, read_minutes
-from .metric import references
 from .statistics import (holm, interval, moderated, p_differs, p_equal, paired,
                                  paired_runs)
 from .store import append_result, claim, make_folder, plain, read_results, run_key

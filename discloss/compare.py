@@ -19,8 +19,8 @@ from fastprogress.fastprogress import progress_bar
 
 from . import __version__
 from .bodies import bodies
-from .core import DiscLoss
 from .comparison import Comparison, load_outputs, save_comparison, save_outputs
+from .core import DiscLoss
 from .data import check_data, counted, fingerprint, image_dls
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
                            device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,

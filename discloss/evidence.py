@@ -19,7 +19,7 @@ from .data import counted
 from .metric import references
 from .statistics import against, better, keeps_up, p_differs, paired, winner
 from .store import read_results
-from .study import plan, right_of, tiers
+from .study import of_budget, piece_of, plan, right_of, tiers
 
 # %% ../nbs/27_evidence.ipynb #b1c9b5fa
 names = dict(
@@ -58,16 +58,11 @@ def study_rows(
     folder=None, # Folder of the results; None: results_folder
 ) -> list: # Dicts
     "The finished runs of a tier; of two runs alike the one of this version, then the newest"
-    t, folder = tiers[tier], Path(folder or results_folder())
-    budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
-    file = folder/f'{tier}.jsonl'
+    file = Path(folder or results_folder())/f'{tier}.jsonl'
     rows = read_results(file).values()
     for r in rows: _check_run(r, file)
-    rows = [r for r in rows if budget.items() <= r['setting'].items()]
-    rows = sorted(rows, key=_is_of_this_version)
-    return list({_which(r): r for r in rows}.values())
-
-def _which(r): return r['label'], r['fold'], r['seed']
+    rows = sorted(of_budget(tier, rows), key=_is_of_this_version)
+    return list({piece_of(r): r for r in rows}.values())
 
 def _is_of_this_version(r): return (r.get('versions') or {}).get('discloss') == __version__
 
@@ -84,7 +79,7 @@ def missing(
 ) -> str: # A sentence; empty if all runs are there
     "What of a tier has not been run, and the command that adds it"
     planned = set(plan(tier))
-    done = planned.intersection(map(_which, study_rows(tier, folder)))
+    done = planned.intersection(map(piece_of, study_rows(tier, folder)))
     if done == planned: return ''
     return (f"{len(done):,} of {len(planned):,} runs are there; "
             f"`python -m discloss.study {tier}` adds the rest.")

@@ -4,7 +4,7 @@
 __all__ = ['own', 'few', 'tiers', 'gpu_tiers', 'Entry', 'entries', 'tensor_loaders', 'fold_parts', 'digits_fold', 'Vectors',
            'vector_loaders', 'embedding', 'pretrained_trunk', 'frozen_features', 'frozen_loaders', 'fine_tuned',
            'flower_loaders', 'character_loaders', 'noisy', 'kept', 'shifted_fold', 'Tier', 'plan', 'right_of',
-           'run_one', 'run_study', 'main']
+           'run_one', 'run_study', 'of_budget', 'piece_of', 'main']
 
 # %% ../nbs/24_study.ipynb #31c2d262
 import argparse, math, pickle, time
@@ -291,7 +291,7 @@ tiers = {
                        folds=5, seeds=1, epochs=12, trials=4, only=own, classes=121,
                        place='characters', ratio=1.),
     'noise40': _shift('noise 40%', 'digits with 40% wrong labels', only=None),
-    # Fewer images, so more epochs: 120 steps
+    # Fewer images, so more epochs
     'tail': _shift('100:1', 'digits with 100 to 1 images a class', epochs=40),
     'few': _shift('ten a class', 'ten digits a class', epochs=60),
     'cifar100_frozen': Tier('CIFAR-100, frozen features', _features, embedding, seeds=10,
@@ -447,13 +447,26 @@ def run_study(
             if time.monotonic() > stop: break
             run_one(tier, *piece, out)
 
+def of_budget(
+    tier:str, # Its name
+    rows, # Results
+) -> list: # Those with its present budget
+    "Runs that count"
+    t = tiers[tier]
+    budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
+    return [r for r in rows if budget.items() <= r['setting'].items()]
+
+def piece_of(
+    row:dict, # A result
+) -> tuple: # (label, fold, seed)
+    "Which run of the plan a result is"
+    return row['label'], row['fold'], row['seed']
+
 def _todo(tier, out):
     "What a tier will cost"
     t, n = tiers[tier], len(plan(tier))
-    budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
-    rows = read_results(Path(out)/f'{tier}.jsonl').values()
-    rows = [r for r in rows if budget.items() <= r['setting'].items()]
-    done = len({(r['label'], r['fold'], r['seed']) for r in rows}.intersection(plan(tier)))
+    rows = of_budget(tier, read_results(Path(out)/f'{tier}.jsonl').values())
+    done = len(set(map(piece_of, rows)).intersection(plan(tier)))
     each = f"{t.trials} trials of {t.tries} runs" if t.tries > 1 else f"{t.trials} trials"
     return f"{tier}: {done:,} of {n:,} runs are there; a search of {each} goes before the rest"
 

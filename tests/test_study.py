@@ -2,13 +2,17 @@
 import dataclasses, importlib, json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from discloss import study
 from discloss.bodies import small_body
-from discloss.evidence import as_markdown, cost, in_words, results_folder, study_rows, tier_table
+from discloss import __version__
+from discloss.evidence import (as_markdown, column_winners, cost, in_words, missing, results_folder,
+                               study_rows, tier_table)
 from discloss.losses.center import CenterLoss
+from discloss.store import append_result
 
 def test_frozen_features_are_of_as_many_images_as_the_tier_says(tmp_path, monkeypatch):
     asked = {}
@@ -181,3 +185,45 @@ def test_claims_go_into_a_file(tmp_path, capsys):
     from discloss.claims import main
     with pytest.raises(SystemExit): main([f'--out={tmp_path}'])
     assert 'is a folder, a file is wanted' in capsys.readouterr().err
+
+def made_up(folder, accuracies, n=400, version=__version__):
+    "Rows of the digits tier: label -> share of right answers"
+    folder.mkdir(exist_ok=True)
+    rng, t = np.random.default_rng(0), study.tiers['digits']
+    setting = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
+    for label,accuracy in accuracies.items():
+        for fold in range(5):
+            right = np.packbits(rng.random(n) < accuracy).tobytes().hex()
+            row = dict(key=f'{label} {fold} {version}', label=label, fold=fold, seed=0, right=right,
+                       n=[0,0,n], seconds=1., setting=setting, versions=dict(discloss=version),
+                       test=dict(accuracy=accuracy, variance_ratio=.1))
+            append_result(folder/'digits.jsonl', row)
+    return tier_table('digits', folder)
+
+def test_far_below_is_measured_from_cross_entropy(tmp_path):
+    table = made_up(tmp_path, dict(crossentropy=.80, center=.95, pod=.76, cc=.40))
+    assert table.kept.to_dict() == dict(crossentropy=True, center=True, pod=True, cc=False)
+    assert table.word['cc'] == 'far below'
+    assert np.isnan(table.compact['cc'])
+    assert np.isfinite(table.compact['pod'])
+
+def test_losses_of_other_packages_have_a_table_of_their_own(tmp_path):
+    made_up(tmp_path, dict(crossentropy=.9, center=.9, supcon=.9))
+    assert list(tier_table('digits', tmp_path).index) == ['crossentropy', 'center']
+    assert list(tier_table('digits', tmp_path, only=['supcon']).index) == ['crossentropy', 'supcon']
+
+def test_only_planned_runs_are_counted(tmp_path):
+    made_up(tmp_path, dict(crossentropy=.9, gone=.9))
+    assert missing('digits', tmp_path).startswith('5 of 380 runs')
+    assert study._todo('digits', tmp_path).startswith('digits: 5 of 380 runs')
+
+def test_rows_of_this_version_count_wherever_they_stand(tmp_path):
+    made_up(tmp_path, dict(crossentropy=.9))
+    table = made_up(tmp_path, dict(crossentropy=.5), version='0.0.1')
+    assert table['mean']['crossentropy'] > .8
+
+def test_a_winner_beats_all_others_by_more_than_the_noise(tmp_path):
+    made_up(tmp_path, dict(crossentropy=.80, center=.95, pod=.80))
+    assert column_winners('digits', tmp_path)['accuracy'] == 'center'
+    made_up(tmp_path/'near', dict(crossentropy=.80, center=.805, pod=.80))
+    assert column_winners('digits', tmp_path/'near')['accuracy'] is None
