@@ -190,10 +190,14 @@ def in_words(
     table:pd.DataFrame, # From tier_table
 ) -> str: # A sentence for each verdict that occurs
     "Who is better, worse, equivalent, not decided, far below"
-    said = [f"**{w[0].upper()+w[1:]}**: {listed(table.index[table.word == w])}."
-            for w in (*words.values(), 'far below') if (table.word == w).any()]
+    def names(word): return table.index[table.word == word]
+    said = [f'**{w.capitalize()}**: {listed(names(w))}.'
+            for w in ('better','worse','far below','equivalent') if len(names(w))]
     small = table.index[(table.word == 'equivalent') & (table.p < .05)]
     if len(small): said.append(f'Surely not the same, but within the margin: {listed(small)}.')
+    n = len(names('not decided'))
+    others = f'the other {n}' if said else f'all {n}'
+    if n: said.append(f"**Not decided**: {others if n > 4 else listed(names('not decided'))}.")
     return ' '.join(said)
 
 def as_markdown(
