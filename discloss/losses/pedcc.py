@@ -115,7 +115,7 @@ def pedcc_loss(
     centroids:Tensor, # Class centroids, shape (classes, d), rows of norm 1, as of simplex
     scale:float=7.5, # Of the AM part, positive; 7.5 in the authors' CIFAR-100 settings
     margin:float=0.35, # By which the own cosine must win, at least 0; 0.35 there
-    lam:float=1., # Weight of the squared error, at least 0; 1 in the code
+    lam:float=1., # Weight of the squared error, at least 0. Ours; the code's scale differs
     root:float=1., # n of the n-th root of the squared error, at least 1; 1 in the code
     reduction:str='mean', # 'mean', 'sum' or 'none'
     logits:Tensor|None=None, # scale times the cosine with each centroid, if already known
@@ -174,7 +174,7 @@ class PEDCCLoss(DiscLoss):
     def __init__(self,
         scale:float=7.5, # Of the cosines, positive; 7.5 in the authors' CIFAR-100 settings
         margin:float=0.35, # Margin of the cosine, at least 0; 0.35 there
-        lam:float=1., # Weight of the squared error, at least 0; 1 in the code
+        lam:float=1., # Weight of the squared error, at least 0. Ours; the code's scale differs
         root:float=1., # n of the n-th root of the squared error, at least 1; 1 in the code
         embed:int|None=None, # A linear layer to so many features; None: features as they come
         spread:bool=False, # Allow fewer features than classes minus one
