@@ -158,6 +158,23 @@ local function fold_drawing(cell)
   end
 end
 
+-- A folded cell says what it holds: its first comment, or that it imports
+local function name_folded(cell)
+  local code, said = cell.content[1], {}
+  local folded = code and code.t == 'CodeBlock' and code.attributes['code-fold'] == 'true'
+  if not folded or code.attributes['code-summary'] then return end
+  for line in code.text:gmatch('[^\n]+') do
+    local comment = line:match('^# (.*)')
+    if not comment then break end
+    table.insert(said, comment)
+  end
+  if code.text:match('^from ') or code.text:match('^import ') then said = {'Imports'} end
+  if #said == 0 then return end
+  code.attributes['code-summary'] = table.concat(said, ' ')
+  cell.content[1] = code
+  return cell
+end
+
 -- A full stop or comma stays on the line of the formula before it; a long formula may scroll on a phone
 local function keep_together(inlines)
   for i = #inlines, 1, -1 do
@@ -215,7 +232,7 @@ function Pandoc(doc)
     Header = function(h) return h:walk({Link = local_link}), false end,
     Link = function(l) return local_link(l) or l, false end,
     Code = function(c) return torch_link(c), false end,
-  }):walk({Inlines = keep_together, Div = fold_drawing})
+  }):walk({Inlines = keep_together, Div = function(d) return fold_drawing(d) or name_folded(d) end})
   describe(doc)
   local links = notebook_links()
   if links then doc.blocks:insert(1, links) end

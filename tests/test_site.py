@@ -382,10 +382,14 @@ return {
   cut: all('div.sourceCode, pre.sourceCode, pre > code.sourceCode').filter(e => seen(e) && e.scrollWidth > e.clientWidth + 1
     && getComputedStyle(e).display !== 'inline').map(e => e.textContent.slice(0, 80)),
   wide: all('main p, main table, main pre, main img, main svg, main canvas, main h1, main h2, main h3').filter(e =>
-    seen(e) && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('table, pre, details:not([open])'))
+    seen(e) && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('table, pre, details:not([open])')
+    && getComputedStyle(e.parentElement).overflowX !== 'auto')
     .map(e => e.tagName + ' ' + e.textContent.slice(0, 60)),
   wordless: all('main img').filter(e => !(e.alt || '').trim()).map(e => e.src.slice(-60)),
   missing: all('main img').filter(e => seen(e) && e.complete && !e.naturalWidth).map(e => e.src.slice(-60)),
+  unnamed: all('details.code-fold').filter(e => e.querySelector('summary').textContent.trim() === 'Code')
+    .map(e => e.querySelector('code').textContent.slice(0, 40)).filter(c => /^(# |from |import )/.test(c)),
+  bare: all('main hr').map(e => e.nextElementSibling?.textContent.slice(0, 40)), // nbdev's entry without its source
   foreign: resources.filter(r => !r.startsWith(location.origin)),
   ground: luminance(getComputedStyle(document.body).backgroundColor),
   pills: all('p code, li code').filter(seen).slice(0, 40)
@@ -401,7 +405,7 @@ return {
 
 def faults(seen, width, dark, log):
     "What is wrong with a page, by what a browser saw"
-    res = {k: seen[k] for k in ('marks', 'cut', 'wide', 'missing', 'wordless', 'foreign', 'faint') if seen[k]}
+    res = {k: seen[k] for k in ('marks', 'cut', 'wide', 'missing', 'wordless', 'unnamed', 'bare', 'foreign', 'faint') if seen[k]}
     if seen['width'] > width: res['page'] = f'{seen["width"]} pixels wide on a screen of {width}'
     if (seen['ground'] < 0.5) != dark: res['ground'] = seen['ground']
     pale = [l for l in seen['words'] if abs(l - seen['ground']) < 0.4]
@@ -487,7 +491,8 @@ bad_page = """<!DOCTYPE html><html><body style="background: white; width: 2000px
 <p style="color: #eee">[[`Loss`](https://a.b) pale and bracketed <code style="background: #111">pill</code></p>
 <table style="width: 1900px"><tr><td>wide</td><td style="color: #eee">faint</td></tr></table>
 <pre style="width: 90px"><code class="sourceCode" style="display: block; overflow: auto">cut = 'a long line that is cut'</code></pre>
-<img src="absent.png"></main><script>throw new Error('broken')</script></body></html>"""
+<details class="code-fold"><summary>Code</summary><code># What it tests</code></details>
+<img src="absent.png"><hr><h3>bare</h3></main><script>throw new Error('broken')</script></body></html>"""
 
 @pytest.mark.site
 def test_faults_are_seen(browser, tmp_path):
@@ -498,7 +503,7 @@ def test_faults_are_seen(browser, tmp_path):
     show(browser, f'http://127.0.0.1:{server.server_port}/bad.html')
     found = faults(browser.execute_script(look), 1400, False, browser.get_log('browser'))
     server.shutdown()
-    wanted = {'marks', 'cut', 'wide', 'missing', 'wordless', 'faint', 'page', 'pale words', 'pills', 'console'}
+    wanted = {'marks', 'cut', 'wide', 'missing', 'wordless', 'unnamed', 'bare', 'faint', 'page', 'pale words', 'pills', 'console'}
     assert set(found) == wanted
 
 @pytest.mark.site
