@@ -126,6 +126,21 @@ def test_cells_have_their_output(path):
     for cell in cells(path, 'code'): assert not shows_nothing(cell), cell.source[-300:]
 
 @each_notebook
+def test_no_machine_speaks(path):
+    "What programs say to themselves is not on a page"
+    for cell in cells(path, 'code'):
+        if 'hide' in directives(cell): continue
+        assert not [o for o in cell.outputs if o.get('name') == 'stderr'], cell.source[:200]
+
+@each_notebook
+def test_no_time_is_typed(path):
+    "How long something takes is measured in a cell; a time in prose is that of one machine"
+    for cell in cells(path, 'markdown'):
+        text = re.sub(r'^(```.*?^```|    .*?$)', '', cell.source, flags=re.M | re.S)
+        typed = re.search(r'(\d|one|two|five|ten|some|few) (seconds|minutes|hours)\b', text)
+        assert not typed, typed[0]
+
+@each_notebook
 def test_p_values_are_not_zero(path):
     "A p-value is below some number, but never 0"
     for cell in cells(path, 'code'):
