@@ -66,6 +66,12 @@ class Picture(Figure):
         content = {'image/png': b64encode(data).decode(), 'text/plain': repr(self)}
         return content, {'image/png': {'width': width, 'height': height}}
 
+    def _ipython_display_(self):
+        # Jupyter's inline backend would draw it with fewer pixels
+        from IPython.display import display
+        content, size = self._repr_mimebundle_()
+        display(content, metadata=size, raw=True)
+
 def _adopt(fig):
     if type(fig) is Figure: fig.__class__ = Picture # matplotlib calls this for each new figure
 

@@ -82,6 +82,17 @@ def test_two_pixels_a_point():
     assert im.mode == 'RGBA' and np.array(im)[0,0,3] == 0
     assert im.width/2 == pytest.approx(4*72, abs=20) and size['image/png']['width'] == im.width*2//3
 
+def test_jupyter_shows_all_pixels(monkeypatch):
+    "The inline backend has a drawing of its own for every Figure, with fewer pixels"
+    from IPython.core.formatters import DisplayFormatter
+    from matplotlib.figure import Figure
+    shown, formatter = [], DisplayFormatter()
+    monkeypatch.setattr('IPython.display.display', lambda content, **kwargs: shown.append(content))
+    formatter.formatters['image/png'].for_type(Figure, lambda fig: b'fewer')
+    fig,_ = plot_axes()
+    assert formatter.format(fig) == ({}, {})
+    assert shown == [fig._repr_mimebundle_()[0]]
+
 def test_text_made_outside_of_the_style():
     fig,ax = plot_axes()
     ax.plot([0,1], label='costs $5 or $6')
