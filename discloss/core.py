@@ -567,7 +567,9 @@ def y_int(self:DiscLoss) -> bool: # fastai's MixUp and CutMix ask: mix losses an
                               "has no single label; train without them")
 
 @patch
-def extra_repr(self:DiscLoss): return ', '.join(f'{k}={v!r}' for k,v in self.hparams.items())
+def extra_repr(self:DiscLoss):
+    "The hyper-parameters, for printing"
+    return ', '.join(f'{k}={v!r}' for k,v in self.hparams.items())
 
 # %% ../nbs/00_core.ipynb #c76f75f0
 class _Tracer(fx.Tracer):
