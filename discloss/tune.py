@@ -360,7 +360,7 @@ def discloss_tune(
     arch:str=None, # As for discloss_compare
     epochs:int=10, # Epochs of one cycle
     seeds:int=1, # Seeds of each trial
-    lr:float=None, # Middle of the rates that are searched
+    lr:float=None, # Rates from lr/30 to 3*lr are searched; None: default_lr
     out:str='discloss_out', # Folder for the journal of trials and the picture
     storage:str=None, # Any URL that Optuna knows, so that several machines join one search
     n_train:int=None, # Train on so many images only
