@@ -166,9 +166,10 @@ def _versions_line(rows):
 
 def _legend(cmp):
     "What the marks of the table stand for; the star where there is one"
-    spread = 'mean ± standard deviation over seeds'
-    star = ('; * better than every other loss that keeps up by more than the noise '
-            '(paired t-test over seeds, p < 0.05)')
+    several = any(len(cmp.of(k)) > 1 for k in cmp.labels)
+    spread = 'mean ± standard deviation over seeds' if several else 'each number is one run'
+    star = ('; * better than every other loss by more than the noise (paired t-test over '
+            'seeds, p < 0.05); losses of far lower accuracy do not count')
     return spread + star*any(cmp.starred(path) for path in measures)
 
 # %% ../nbs/13_comparison.ipynb #81713c71

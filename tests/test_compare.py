@@ -167,6 +167,8 @@ def test_the_star_is_explained_where_there_is_one():
 def test_one_is_no_plural():
     one = made(a=[.9]).summary()
     assert '1 epoch, batch' in one and 'seed 0' in one and 'seeds 0' not in one
+    assert 'each number is one run' in one and '±' not in one
+    assert '±' in made(a=[.9,.91]).summary()
 
 def test_star_needs_three_seeds_and_more_than_noise():
     assert not better([.99,.99], [.1,.1]) and made(a=[.99,.99], b=[.1,.1]).starred() == [] and made(a=[.99,.5,.9], b=[.9,.6,.85]).starred() == []
