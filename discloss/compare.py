@@ -52,13 +52,16 @@ def choose_arch(
     if isinstance(arch, str): check_arch(arch, bool(pretrained))
     return arch, bool(pretrained)
 
+def _as_they_are(dls, data_kwargs):
+    "Loaders that were made elsewhere"
+    if data_kwargs:
+        raise ValueError(f"{', '.join(data_kwargs)} cannot be given with DataLoaders: say "
+                         f"it where they are made")
+    return dls
+
 def _load(data, arch, tuned, bs, device, data_kwargs):
     "The data as fastai `DataLoaders`"
-    if isinstance(data, DataLoaders):
-        if data_kwargs:
-            raise ValueError(f"{', '.join(data_kwargs)} cannot be given with DataLoaders: say "
-                             f"it where they are made")
-        return data
+    if isinstance(data, DataLoaders): return _as_they_are(data, data_kwargs)
     if find_arch(arch)[0] != 'body':
         if _is_folder(data): data_kwargs.setdefault('size', 224)
         data_kwargs.setdefault('channels', 3)
@@ -83,7 +86,7 @@ def _setup(dls, how, epochs, wd):
                 n=[len(dl.dataset) for dl in loaders], bs=dls.train.bs)
     network = {**how, 'arch': arch_name(arch), 'weights': _file_hash(how['weights']),
                'arch_code': run_key(_described(code))}
-    version = dict(discloss=__version__, package=run_key(package))
+    version = dict(discloss=__version__, package=run_key(_described(package)))
     return dict(**data, **network, **version, epochs=epochs, wd=wd)
 
 # Modules that every result comes through
@@ -95,9 +98,10 @@ def _described(o):
     except TypeError: return f'unknown {os.urandom(8).hex()}'
 
 def _parts(loss):
-    "A loss without what it notes while it trains: its class, attributes and tensors"
-    public = {k: v for k,v in vars(loss).items() if not k.startswith('_') and k != 'training'}
-    return type(loss), public, loss.state_dict()
+    "A loss without what it notes while it trains: classes and attributes, of modules inside too"
+    notes = '_seen', '_warned', '_modules', 'training'
+    def known(m): return {k: v for k,v in vars(m).items() if k not in notes}
+    return [(name, type(m), known(m)) for name,m in loss.named_modules()]
 
 def _written(v):
     "A value as it can stand in a line of JSON"

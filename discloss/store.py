@@ -6,6 +6,7 @@ __all__ = ['writing', 'make_folder', 'write_whole', 'claim', 'plain', 'append_re
 
 # %% ../nbs/12_store.ipynb #5948093f
 import errno, hashlib, json, math, os, sys, time, types, weakref
+from collections import defaultdict
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
@@ -181,6 +182,18 @@ def is_library(
 
 def _is_ours(module): return (module or '').startswith('discloss.') and module in sys.modules
 
+def _put_in(o):
+    "Functions and classes of a user that were put into a module or class of this package"
+    def own(v):
+        if not isinstance(v, (types.FunctionType,type)): return False
+        return not is_library(v.__module__) and not _is_ours(v.__module__)
+    return {k: v for k,v in vars(o).items() if own(v)}
+
+def _has_ways(o):
+    "Is it a list, tuple or dict that works in a way of its own?"
+    own = isinstance(o, (list,tuple,dict)) and not is_library(type(o).__module__)
+    return own or isinstance(o, defaultdict)
+
 def _name(o):
     return f"{getattr(o, '__module__', None)}.{getattr(o, '__qualname__', type(o).__name__)}"
 
@@ -215,6 +228,7 @@ class _Describer:
 
     def look_inside(self, o):
         if isinstance(o, (Tensor,np.ndarray)): return self.array(o)
+        if _has_ways(o): return self.by_pickle(o)
         if isinstance(o, (list,tuple)): return [self(v) for v in o]
         if isinstance(o, dict):
             return sorted(([str(k), self(v)] for k,v in o.items()), key=lambda p: p[0])
@@ -247,7 +261,16 @@ class _Describer:
         if is_library(m.__name__) or not getattr(m, '__file__', None): return m.__name__
         files = [f for d in getattr(m, '__path__', ()) for f in sorted(Path(d).rglob('*.py'))]
         code = _hash(*(f.read_bytes() for f in files or [Path(m.__file__)]))
-        return [m.__name__, code, *([] if _is_ours(m.__name__) else self.imported(m))]
+        if _is_ours(m.__name__): return [m.__name__, code, *self.put_in(m)]
+        # A value may have been changed since the file was read
+        values = {k: v for k,v in vars(m).items() if isinstance(v, (bool,int,float,str))
+                  and not k.startswith('__')}
+        return [m.__name__, code, self(values), *self.imported(m)]
+
+    def put_in(self, o):
+        "What a user put into a module or class of this package, if anything"
+        found = _put_in(o)
+        return [self(found)] if found else []
 
     def imported(self, m):
         "A user's other modules that a module uses"
@@ -276,16 +299,23 @@ class _Describer:
     def cls(self, c):
         if is_library(c.__module__): return _name(c)
         if _is_ours(c.__module__):
-            return [_name(c), self(sys.modules[c.__module__]), [self(b) for b in c.__bases__]]
+            bases = [self(b) for b in c.__bases__]
+            return [_name(c), self(sys.modules[c.__module__]), bases, *self.put_in(c)]
         inside = {k: v for k,v in vars(c).items() if k not in _unimportant}
         return [c.__qualname__, [self(b) for b in c.__bases__], self(inside)]
 
     def object(self, o):
         hidden = type(o).__reduce__ is not object.__reduce__  # State that is not in its attributes
         if hasattr(o, '__dict__') and not hidden: return [self(type(o)), self(vars(o))]
+        return self.by_pickle(o)
+
+    def by_pickle(self, o):
         try: state = o.__reduce_ex__(2)
-        except TypeError: raise TypeError(f'{type(o).__name__} does not tell what it is') from None
-        return [self(type(o)), *(self(v) for v in state[1:3])]
+        except Exception: raise TypeError(f'{type(o).__name__} does not tell what it is') from None
+        # The name of something global: its attributes tell more, as of a function with a cache
+        if isinstance(state, str): return [self(type(o)), state, self(getattr(o, '__dict__', {}))]
+        inside = [list(items) for items in state[3:5] if items is not None]
+        return [self(type(o)), *(self(v) for v in [*state[1:3], *inside])]
 
 def _names(code):
     "The names that a piece of code and those inside it use"

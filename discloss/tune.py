@@ -16,7 +16,7 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import qmc
 
-from .compare import _cbs_config, _check_cbs, _loss_config, callbacks_for
+from .compare import _as_they_are, _cbs_config, _check_cbs, _loss_config, callbacks_for
 from .core import Choice, DiscLoss, Number, Other
 from .data import check_data, counted, fingerprint, image_dls
 from .plot import plot_style
@@ -217,7 +217,9 @@ def _storage(optuna, out, storage):
     if out is None: return None
     file = str(make_folder(out)/'tune.journal')
     journal = optuna.storages.journal.JournalFileBackend(file, lock_obj=_JournalLock(file))
-    return optuna.storages.JournalStorage(journal)
+    try: return optuna.storages.JournalStorage(journal)
+    except (ValueError, TypeError, KeyError) as e: raise ValueError(
+        f"{file} is damaged, or no journal of trials ({e}): put it aside and start again") from e
 
 def _known_storage(optuna, storage):
     try: return optuna.storages.get_storage(storage)
@@ -261,7 +263,8 @@ def tune(
     loss, fixed = _with_fixed(loss)
     space = search_space(loss, names)
     if names is None: space = {k: h for k,h in space.items() if k not in fixed}
-    dls = image_dls(data, **data_kwargs) if isinstance(data, (str,Path)) else data
+    named = isinstance(data, (str,Path))
+    dls = image_dls(data, **data_kwargs) if named else _as_they_are(data, data_kwargs)
     arch = default_arch.get(getattr(dls, 'name', ''), 'small_body') if arch is None else arch
     rate = default_lr(arch) if lr is None else lr
     label = loss_label(loss)

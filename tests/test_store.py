@@ -1,8 +1,10 @@
-"Claims of work, and folders."
+"Claims of work, folders, and descriptions of code."
+import importlib, pickle, sys
+
 import pytest
 
 from discloss import store
-from discloss.store import claim, make_folder
+from discloss.store import claim, make_folder, run_key
 
 @pytest.mark.skipif(store.fcntl is None, reason='the file stays on Windows')
 @pytest.mark.parametrize('another', [False, True])
@@ -30,3 +32,46 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     for way in file, file/'more'/'still':
         with pytest.raises(NotADirectoryError, match=f'{way} must be a folder, but a file is in the way'): make_folder(way)
     assert make_folder(tmp_path/'a'/'b').is_dir()
+
+@pytest.fixture
+def key(tmp_path, monkeypatch):
+    "The key of `f` in a module of one's own, and in a module behind it"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+    def _key(code, behind=''):
+        for name,text in dict(behind=behind, own=code).items():
+            (tmp_path/f'{name}.py').write_text(text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return run_key(importlib.import_module('own').f)
+    yield _key
+    for name in 'own','behind': sys.modules.pop(name, None)
+
+described = dict(
+    cache='from functools import lru_cache\n@lru_cache\ndef g(): return {}\ndef f(): return g()',
+    default_of_a_dict='from collections import defaultdict\nf = defaultdict(lambda: {})',
+    own_dict='class D(dict):\n    def __missing__(self, k): return {}\nf = D(a=1)',
+    items_of_an_own_list='class D(list):\n    def more(self): pass\nf = D([{}])',
+    named_tuple='from collections import namedtuple\nf = namedtuple("P", "x y")(1, {})',
+    deque='from collections import deque\nf = deque([{}])',
+    value_of_a_module='import behind\nbehind.k = {}\ndef f(): return behind.k')
+
+@pytest.mark.parametrize('kind', described)
+def test_the_key_sees(kind, key):
+    first, again, other = (key(described[kind].format(v), 'k = 0') for v in (1, 1, 2))
+    assert first == again != other
+
+def test_the_key_sees_what_was_put_into_the_package(monkeypatch):
+    from discloss import heads
+    from discloss.losses.center import CenterLoss
+    for owner,name in (CenterLoss, 'loss'), (CenterLoss, 'head'), (heads, 'cosine'):
+        before = run_key(owner)
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, lambda *args: args)
+            assert run_key(owner) != before
+        assert run_key(owner) == before
+
+def test_what_refuses_to_be_pickled_cannot_be_described():
+    class Closed:
+        def __reduce__(self): raise pickle.PicklingError('no')
+    with pytest.raises(TypeError, match='Closed does not tell what it is'): run_key(Closed())

@@ -194,6 +194,13 @@ def test_a_torn_journal_goes_on(search, tmp_path, cut):
     journal.write_bytes(journal.read_bytes()[:-cut])
     for n in (4, 5): assert len(search(n).trials) == n
 
+def test_a_damaged_journal_is_named(search, tmp_path):
+    (tmp_path/'tune.journal').write_bytes(b'\x00\xff\n{}\n')
+    with pytest.raises(ValueError, match='tune.journal is damaged, or no journal of trials'): search(1)
+
+def test_loaders_are_taken_as_they_are(search):
+    with pytest.raises(ValueError, match='n_train, size cannot be given with DataLoaders'): search(1, n_train=20, size=8)
+
 def test_a_lock_file_that_was_left_stops_nobody(search, tmp_path, monkeypatch):
     (tmp_path/'tune.journal.lock').write_text('')
     def sleep(seconds): raise AssertionError('it waits')
