@@ -333,17 +333,20 @@ def load_comparison(
     file = folder/'comparison.json'
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no comparison: there is no {file}")
-    try: o = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{file} is not whole: {e}") from e
-    home = folder/('..' if o['results'] == '..' else '.')
+    try:
+        o = json.loads(file.read_text(encoding='utf-8'))
+        up, vocab, command = (o[k] for k in ('results','vocab','command'))
+        runs = [dict(label=r['label'], key=r['key']) for r in o['runs']]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is not whole: {e!r}") from e
+    home = folder/('..' if up == '..' else '.')
     rows = read_results(home/'results.jsonl')
-    lost = [r['label'] for r in o['runs'] if r['key'] not in rows]
+    lost = [r['label'] for r in runs if r['key'] not in rows]
     if lost:
         raise ValueError(f"{home/'results.jsonl'} lacks {len(lost)} of the runs of {file}, the "
                          f"first is {lost[0]!r}: start the comparison again")
-    results = [{**rows[r['key']], 'label': r['label']} for r in o['runs']]
+    results = [{**rows[r['key']], 'label': r['label']} for r in runs]
     said = {r['key']: load_outputs(home/'runs'/f"{r['key']}.npz") for r in results
             if r['key'].isalnum()}
     said = {k: v for k,v in said.items() if v is not None}
-    return Comparison(results, said, o['vocab'] or None, _load_worst(folder/'worst.npz'),
-                      o['command'])
+    return Comparison(results, said, vocab or None, _load_worst(folder/'worst.npz'), command)

@@ -246,7 +246,8 @@ class Watch(Callback):
         raise CancelFitException()
 
 def _logits(pred):
-    if isinstance(pred, dict): return pred['logits']
+    "The logits; where a head leaves these to its loss, the features, or what it gave first"
+    if isinstance(pred, dict): return pred[next(k for k in ('logits','feats',*pred) if k in pred)]
     return pred[0] if isinstance(pred, (tuple,list)) else pred
 
 def guessing(

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.torch_core import params
 from fastai.vision.data import ImageDataLoaders
@@ -20,6 +22,7 @@ import discloss.runs as runs
 from discloss.bodies import bodies, lenetpp, small_body
 from discloss.compare import _announce, compare, estimate
 from discloss.comparison import Comparison, load_comparison
+from discloss.core import DiscLoss
 from discloss.data import image_dls
 from discloss.losses.center import CenterLoss
 from discloss.losses.cross_entropy import CrossEntropy
@@ -194,6 +197,11 @@ def test_mean_and_sample_deviation():
 def test_what_did_not_learn_wins_nothing_and_is_marked():
     cmp = Comparison([*(row('a', i, .99, 'a diverged: try a smaller learning rate' if i == 1 else None) for i in range(3)), *(row(k, i, v*(1+i/50)) for k,v in (('b',.5),('c',.4)) for i in range(3))])
     assert cmp.starred() == ['b'] and 'a (did not learn)' in cmp.table().index and 'a diverged' in cmp.summary()
+
+def test_a_loss_may_make_its_logits_itself():
+    cmp = compare('cosface(sample=0.5)', **quick)
+    accuracy, = cmp.values('cosface(sample=0.5)', 'test', 'accuracy')
+    assert accuracy > 0 and len(cmp.results[0]['epochs']) == 1
 
 def test_a_rate_that_diverges_is_told(capsys):
     cmp = compare('center', lr=1e9, **quick)
@@ -386,6 +394,19 @@ def test_key_holds_the_version(tmp_path):
     finally: module.__version__ = old
     assert len(read_results(tmp_path/'results.jsonl')) == 2
 
+class Activated(DiscLoss):
+    def loss(self, logits, targ): return F.cross_entropy(self.act(logits), targ, reduction='none')
+
+@pytest.mark.parametrize('name, values', dict(act=(nn.LeakyReLU(.1), nn.LeakyReLU(.2)), _k=(1, 2)).items())
+def test_the_key_holds_all_that_was_given_to_a_loss(name, values):
+    from discloss.compare import _loss_config
+    def key(value, used=False):
+        loss = Activated()
+        setattr(loss, name, value)
+        if used: loss._seen.add('a shape')
+        return _loss_config(loss)
+    assert key(values[0]) == key(values[0], used=True) != key(values[1])
+
 def test_what_cannot_be_described_is_never_reused(tmp_path):
     for n in 1,2:
         compare('crossentropy', out=tmp_path, cbs=lambda loss: Own(i for i in 'ab'), **quick)
@@ -491,6 +512,11 @@ def test_nothing_of_an_earlier_comparison_is_overwritten(tmp_path, run):
     assert load_comparison(tmp_path/'o').labels == ['crossentropy'] and len(load_comparison(tmp_path/'o'/'comparison-2').labels) == 3
 
 # ---- threads
+
+@pytest.mark.parametrize('text', ['{}', '[]', '{"runs": [{}], "vocab": [], "results": ".", "command": ""}', 'x'])
+def test_a_comparison_that_is_not_whole_is_named(text, tmp_path):
+    (tmp_path/'comparison.json').write_text(text)
+    with pytest.raises(ValueError, match='comparison.json is not whole'): load_comparison(tmp_path)
 
 def test_small_networks_get_one_thread(monkeypatch, spied):
     assert choose_threads(3e7, 8, 0) == 1 and [choose_threads(1e11, 8, b) for b in (0, 3, 20)] == [8, 5, 1]
