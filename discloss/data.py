@@ -205,6 +205,7 @@ def _eight_bits(im, kind):
     if im.mode in ('I','F'):
         raise _Unusable(f"its pixels have 32 bits (mode {im.mode}) and no known range: "
                         "save it with 8 or 16 bits a channel")
+    if im.mode == 'LAB': return im.convert('RGB') # Pillow makes no grey of it
     if 'transparency' in im.info or im.mode in ('LA','PA','RGBA','RGBa'):
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -341,6 +342,11 @@ _never = '__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', 'Thumbs.db', 'deskt
 
 def _hidden(name): return name.startswith('.') or name in _never
 
+def _is_output(folder):
+    "Do commands of this package write into this folder?"
+    files = 'results.jsonl', 'tune.journal'
+    return folder.name == 'discloss_out' or any((folder/f).is_file() for f in files)
+
 class _Tree:
     "The pictures below a folder, with every real folder read once"
     def __init__(self, root):
@@ -372,6 +378,7 @@ class _Tree:
             pictures = [f for f in files if f.suffix.lower() in _suffixes and not _special(f)]
             self.files[folder] = pictures
             below = [folder/d for d in sorted(dirs) if not _hidden(d)]
+            below = [d for d in below if not _is_output(d)]
             links += [d for d in below if d.is_symlink()]
             self.dirs[folder] = [d for d in below if not d.is_symlink()]
             dirs[:] = [d.name for d in self.dirs[folder]]
@@ -1009,7 +1016,7 @@ def image_dls(
         raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     device = default_device() if device is None else _usable(device)
     # A name of a set is that set, also where a folder has its name
-    folder = name not in image_sets and Path(name).expanduser().is_dir()
+    folder = name not in (*image_sets, '') and Path(name).expanduser().is_dir()
     if folder:
         size, channels = size or 64, channels or 3
         preset = dict(valid_pct=0.2, pad=size//8, flip=True)
@@ -1236,6 +1243,7 @@ def _pieces(o):
     if inspect.ismethod(o): return [o.__func__]
     if inspect.isfunction(o): return [_described(o)] if _is_own(o) else _function(o)
     if isinstance(o, type): return [_described(o)] if _is_own(o) else None
+    if callable(o) and hasattr(o, '__wrapped__'): return [o.__wrapped__] # It has a cache
     if type(o).__module__ == 'builtins': return None
     if methods := methods_of(o): return methods
     state = [o.state_dict()] if isinstance(o, torch.nn.Module) else []

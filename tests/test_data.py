@@ -1,6 +1,7 @@
 "Folders as people have them, pictures of every kind, files that are damaged, batches of chosen classes, fingerprints, and image sets from `DISCLOSS_DATA`."
 import os, random, shutil, socket, struct, unicodedata, warnings, zipfile, zlib
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,15 @@ def test_empty_class_and_split(tmp_path):
     assert items == dict(train=two)
     assert all(f'{d} (no pictures)' in says for d in ('train/cow', 'valid', 'test'))
 
+@pytest.mark.parametrize('name, file', [('discloss_out', 'tune_center.png'), ('a', 'results.jsonl'), ('a', 'tune.journal')])
+def test_results_beside_classes(tmp_path, name, file):
+    "A command whose data are the current folder writes into it"
+    make(tmp_path, 'cat', 'dog', f'{name}/comparison-2', name)
+    (tmp_path/name/file).write_bytes(b'')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert {c for _,c in folder_items(tmp_path)['train']} == {'cat','dog'}
+
 def test_hidden(tmp_path):
     make(tmp_path, 'cat', 'dog', '.git', '__MACOSX/cat', '.ipynb_checkpoints', 'cat/@eaDir')
     for name in '.DS_Store', '._0.png', 'Thumbs.db': (tmp_path/'cat'/name).write_bytes(b'x')
@@ -311,6 +321,12 @@ def test_one_name_in_two_forms(tmp_path):
 def test_a_set_wins_over_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(make(tmp_path, 'digits/cat', 'digits/dog'))
     assert image_dls('digits').c == 10 and image_dls('./digits', bs=2, size=8).c == 2
+
+def test_no_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    "As of a variable of the shell that is not set"
+    monkeypatch.chdir(make(tmp_path, 'cat', 'dog'))
+    assert "unknown image set ''" in refusal(image_dls, '')
+    assert image_dls('.', bs=2, size=8).c == 2
 
 def test_paths(tmp_path, monkeypatch):
     make(tmp_path, 'pets/cat', 'pets/dog')
@@ -396,6 +412,13 @@ def test_modes(tmp_path, mode, ending):
     im.convert(mode).save(tmp_path/f'x.{ending}')
     x = to_pixels(tmp_path/f'x.{ending}').float()
     assert x.shape == (3,8,8) and (x[:,:,:3] < 30).all() and (x[:,:,5:] > 225).all()
+
+@pytest.mark.parametrize('channels', [1,3])
+def test_lab(tmp_path, channels):
+    Image.new('LAB', (8,8), (128,128,128)).save(tmp_path/'x.tif') # L at half, a and b at 0
+    assert Image.open(tmp_path/'x.tif').mode == 'LAB'
+    x = to_pixels(tmp_path/'x.tif', channels).float()
+    assert x.shape == (channels,8,8) and (x-119).abs().max() < 4 # sRGB of L* = 50
 
 @pytest.mark.parametrize('mode, ending', [('RGBA','png'), ('LA','png'), ('RGBA','webp'), ('PA','tif')])
 def test_transparency(tmp_path, mode, ending):
@@ -830,7 +853,8 @@ def test_fingerprint_sees_what_own_code_does(pets, monkeypatch):
     assert before == of(_times) and of(own(2)) == of(own(2))
     monkeypatch.setitem(globals(), '_factor', 3)
     others = of(_times), of(lambda x: x+1), of(lambda x: x+2), of(own(2)), of(own(3)), of(other(2))
-    assert len({before, *others}) == 7
+    cached = of(lru_cache(lambda x: x+1)), of(lru_cache(lambda x: x+2))
+    assert len({before, *others, *cached}) == 9
 
 def test_fingerprint_sees_how_loaders_draw(pets):
     x, n = block(item_tfms=Resize(8)), len(list(pets.rglob('*.png')))
