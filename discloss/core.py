@@ -388,7 +388,7 @@ class DiscLoss(nn.Module):
 def _class_weight(weight):
     "Class weights as a tuple of floats, or None"
     if weight is None: return None
-    if isinstance(weight, Mapping):
+    if isinstance(weight, (Mapping,str)):
         raise TypeError(f"weight must be numbers in the order of the classes, got {weight!r}")
     try: values = tuple(float(w) for w in weight)
     except (TypeError, ValueError) as e:
@@ -650,8 +650,10 @@ def _container(out):
     return out.target.__name__ if is_type else None
 
 def _n_feats(model):
-    "How a model says how many features it gives: timm's do"
-    return 'model.num_features' if isinstance(getattr(model, 'num_features', None), int) else '...'
+    "How a model says how many features it gives: timm's do, some have one more layer after them"
+    n, last = (getattr(model, k, None) for k in ('num_features', 'head_hidden_size'))
+    if isinstance(last, int) and last != n: return 'model.head_hidden_size'
+    return 'model.num_features' if isinstance(n, int) else '...'
 
 def _after(before): return f", after {before[0]!r}" if len(before) == 1 else ''
 
@@ -794,7 +796,7 @@ def with_head(
     _check_kinds(model, loss, n_out)
     model = _copy(model)
     if layer is None and _is_bare_body(model):
-        return nn.Sequential(model, _head_of(loss, model.n_feats, n_out))
+        return nn.Sequential(model, _placed(model, _head_of(loss, int(model.n_feats), n_out)))
     name = _find(model, layer, x)
     old = model.get_submodule(name)
     head = _like(old, _head_of(loss, _n_in(name, old), n_out))
@@ -838,7 +840,7 @@ def _replace(model, old, new):
             if child is old: setattr(m, name, new)
 
 def _is_bare_body(model):
-    says = isinstance(getattr(model, 'n_feats', None), int)
+    says = isinstance(getattr(model, 'n_feats', None), Integral)
     return says and not any(isinstance(m, Head) for m in model.modules())
 
 def _n_in(name, old):
@@ -852,13 +854,17 @@ def _n_in(name, old):
     raise ValueError(f"cannot tell how many features {name!r} ({kind}) takes: replace an "
                      f"nn.Linear or a Head, or give this {kind} the attribute in_features")
 
+def _placed(old, head):
+    "The new head on the device and in the dtype of a module's last parameter"
+    tensors = [*old.buffers(), *old.parameters()]
+    floats = [t.dtype for t in tensors if t.is_floating_point()]
+    return head.to(tensors[-1].device, *floats[-1:]) if tensors else head
+
 def _like(old, head):
     "The new head on the old one's device, in its dtype, with its weights where they mean the same"
     new_fc, old_fc = getattr(head, 'fc', head), getattr(old, 'fc', old)
     means_the_same = getattr(old, 'linear', True) and getattr(head, 'linear', True)
-    tensors = [*old.parameters(), *old.buffers()]
-    floats = [t.dtype for t in tensors if t.is_floating_point()]
-    if tensors: head.to(tensors[0].device, *floats[:1])
+    _placed(old, head)
     if means_the_same and _shapes(new_fc) == _shapes(old_fc):
         new_fc.load_state_dict(old_fc.state_dict())
     return head

@@ -45,7 +45,8 @@ def results_folder() -> Path: # results/study
                  if (p/'settings.ini').is_file()), here/'results'/'study')
 
 def _check_run(r, file):
-    lacks = [k for k in ('label','fold','seed','setting','n','right','test') if k not in r]
+    needed = 'label', 'fold', 'seed', 'setting', 'n', 'right', 'test', 'seconds'
+    lacks = [k for k in needed if k not in r]
     if lacks: raise ValueError(f"{file}: a run has no {', '.join(lacks)}, it has {', '.join(r)}")
     digits = 2*math.ceil(r['n'][2]/8)
     if r['right'] and not re.fullmatch(f'[0-9a-f]{{{digits}}}', str(r['right'])):

@@ -59,6 +59,8 @@ def _pair(a, b, ndim):
         raise ValueError(f"expected two arrays of the same shape {want}, "
                          f"got {a.shape} and {b.shape}")
     if len(a) < 2: raise ValueError(f"a difference needs at least 2 seeds, got {len(a)}")
+    if a.shape[-1] < 2: raise ValueError(
+        f"what was right must be of at least 2 images, got {a.shape[-1]}")
     if not np.isfinite(a-b).all(): raise ValueError("scores must be finite, got NaN or infinity")
     return a, b
 
@@ -338,6 +340,7 @@ def reference(
 ) -> str: # The one that is called cross-entropy, else the first
     "The entry that others are compared with"
     names = list(names)
+    if not names: raise ValueError("a comparison needs at least one entry, got none")
     plain = {k: ''.join(filter(str.isalnum, str(k).lower())).removesuffix('loss') for k in names}
     exact = [k for k in names if plain[k] in ('crossentropy','ce','softmax')]
     swept = [k for k in names if plain[k].startswith('crossentropy')]

@@ -1,6 +1,7 @@
 "A model of one's own: with_head finds the classifier, or says in one sentence why it cannot and what to do."
 import re, warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -8,6 +9,7 @@ from zoo import batch, images, libraries, of_timm, one_step, refused, zoo
 
 from discloss.core import find_head, with_head
 from discloss.losses.center import CenterLoss
+from discloss.specs import all_losses
 
 @pytest.mark.parametrize('name', zoo)
 def test_home_made(name):
@@ -44,12 +46,13 @@ def test_published(library, name):
         return
     assert want is None and norm > 0, layer
 
-def test_body_of_timm():
+@pytest.mark.parametrize('name, size', [('test_vit', 'num_features'), ('mobilenetv3_small_050', 'head_hidden_size')])
+def test_body_of_timm(name, size):
     "The sentence for a body of timm, and what it says works"
-    body = of_timm('test_vit', num_classes=0)
-    with pytest.raises(ValueError, match='model.n_feats = model.num_features'): with_head(body, CenterLoss(), 3)
-    body.n_feats = body.num_features
-    x = images(body, 'timm', 'test_vit')
+    body = of_timm(name, num_classes=0)
+    with pytest.raises(ValueError, match=f'model.n_feats = model.{size}'): with_head(body, CenterLoss(), 3)
+    body.n_feats = getattr(body, size)
+    x = images(body, 'timm', name)
     model, layer, norm = one_step(body, x, CenterLoss())
     assert layer == '1' and norm > 0
 
@@ -78,3 +81,15 @@ def test_second_head_replaces_the_first():
         model = with_head(make(), CenterLoss(), 3, **({} if kwargs.get('x') else kwargs))
         again = with_head(model, ArcFaceLoss(), 3)
         assert type(find_head(again)) is type(ArcFaceLoss().head(6, 3)), name
+
+@pytest.mark.parametrize('number', [int, np.int64])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_head_of_a_body_has_its_dtype(dtype, number):
+    "A number of numpy says as well how many features there are"
+    body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).to(dtype)
+    body.n_feats = number(5)
+    for name in 'center', 'cosface', 'lgm':
+        model = with_head(body, all_losses()[name](), 3)
+        assert model[0][2].out_features == 5
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        model.eval()(torch.randn(4, 6, dtype=dtype))

@@ -120,6 +120,15 @@ def test_reference_is_cross_entropy(name): assert reference(['center', name, 'ar
 
 def test_reference_in_a_sweep(): assert reference(['center', 'crossentropy, lr=0.01', 'crossentropy, lr=0.1']) == 'crossentropy, lr=0.01'
 
+@pytest.mark.parametrize('n', [0, 1])
+@pytest.mark.parametrize('runs', [[0, 1, 2], [(f, s) for f in (0, 1) for s in (0, 1)]])
+def test_too_few_images_are_named(n, runs):
+    with pytest.raises(ValueError, match=f'of at least 2 images, got {n}'):
+        against({k: {r: np.ones(n) for r in runs} for k in 'ab'})
+
+def test_no_entry_is_named():
+    with pytest.raises(ValueError, match='at least one entry, got none'): against({})
+
 def test_a_single_entry_and_entries_that_failed():
     one = against(dict(center=[.9,.91,.92]))
     assert list(one.status) == ['reference']

@@ -75,7 +75,7 @@ def test_a_tier_without_runs_has_the_columns_of_one_with_runs(tmp_path):
     assert as_markdown(empty).startswith('| loss |')
     assert in_words(empty) == ''
 
-@pytest.mark.parametrize('name', ['label','fold','seed','setting','n','right','test'])
+@pytest.mark.parametrize('name', ['label','fold','seed','setting','n','right','test','seconds'])
 def test_a_run_that_lacks_something_is_named(name, tmp_path):
     line = (results_folder()/'characters.jsonl').read_text(encoding='utf-8').splitlines()[3]
     row = json.loads(line)
