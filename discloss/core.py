@@ -388,7 +388,7 @@ class DiscLoss(nn.Module):
 def _class_weight(weight):
     "Class weights as a tuple of floats, or None"
     if weight is None: return None
-    if isinstance(weight, (Mapping,str)):
+    if isinstance(weight, Mapping):
         raise TypeError(f"weight must be numbers in the order of the classes, got {weight!r}")
     try: values = tuple(float(w) for w in weight)
     except (TypeError, ValueError) as e:
