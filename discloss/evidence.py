@@ -86,8 +86,8 @@ def missing(
             f"`python -m discloss.study {tier}` adds the rest.")
 
 # %% ../nbs/27_evidence.ipynb #4d96fd97
-words = dict(ahead='better', behind='worse', equal='equivalent', open='not decided')
-tighter = dict(ahead='more compact', behind='less compact', open='not decided')
+words = 'better', 'worse', 'equivalent', 'not decided' # In the order of a sentence
+tighter = dict(better='more compact', worse='less compact')
 _columns = '''mean runs ref_mean difference low high p p_equal status verdict kept word needed
 compact compact_low compact_high compact_word unseen unseen_low unseen_high unseen_word
 cost'''.split()
@@ -107,9 +107,9 @@ def tier_table(
     table['word'] = [_word(r) for r in table.itertuples()]
     table['needed'] = [_needed(r) for r in table.itertuples()]
     kept = {k: runs[k] for k in table.index[table.kept]}
-    compact = _beside(kept, 'compact', t.ratio, tighter)
+    compact = _beside(kept, 'compact', t.ratio).replace(dict(compact_word=tighter))
     compact[['compact','compact_low','compact_high']] = np.exp(compact.iloc[:,:3])
-    unseen = _beside(kept, 'unseen', t.ratio, words)
+    unseen = _beside(kept, 'unseen', t.ratio)
     least = {k: min(r['seconds'] for r in v.values()) for k,v in kept.items()}
     cost = pd.Series(least, dtype=float)/least['crossentropy']
     table = table.join([compact, unseen, cost.rename('cost')])
@@ -141,20 +141,18 @@ measures = dict(accuracy=answers, compact=_tightness,
 def _keeps_up(row, chance, n):
     return row.status == 'reference' or keeps_up(row.mean, row.ref_mean, chance, n)
 
-def _needed(row): return row.verdict.partition('not settled: ')[2]
+def _needed(row): return row.verdict.partition('not decided: ')[2]
 
-def _beside(runs, column, ratio, words):
+def _beside(runs, column, ratio):
     "A column beside cross-entropy: difference, interval, and a word after Holm's correction"
     found = against(_measured(runs, column), 'crossentropy', None, ratio)
-    told = found.difference.notna()
-    said = [words[s] if known else '' for s,known in zip(found.status, told)]
+    said = found.status.where(found.difference.notna(), '')
     found = found[['difference','low','high']].astype(float)
     found.columns = [column, f'{column}_low', f'{column}_high']
     return found.assign(**{f'{column}_word': said})
 
 def _word(row):
-    if row.status == 'reference': return 'reference'
-    return 'far below' if row.status == 'behind' and not row.kept else words[row.status]
+    return 'far below' if row.status == 'worse' and not row.kept else row.status
 
 # %% ../nbs/27_evidence.ipynb #9eeaad49
 def column_winners(
@@ -241,7 +239,7 @@ def standing(
     if not rows: return 'The study has too few runs of it for a verdict.'
     groups = {}
     for tier,r in rows.items(): groups.setdefault(r.word, []).append(_place(tier, r))
-    order = [w for w in (*words.values(), 'far below') if w in groups]
+    order = [w for w in (*words, 'far below') if w in groups]
     said = '; '.join(f'**{w}** on {_and(groups[w])}' for w in order)
     more = [_compact(rows['digits'])] if 'digits' in rows else []
     more += [_unseen_words(r) for r in rows.values() if not np.isnan(r.unseen_low)]

@@ -29,7 +29,7 @@ from .store import write_whole
 # %% ../nbs/14_report.ipynb #5c809b95
 def headline(
     table:pd.DataFrame, # From `against`; `status` may also be 'failed'
-    margin:float=0.003, # What counts as equal
+    margin:float=0.003, # What counts as equivalent
 ) -> list: # The first sentence, and those that follow it
     "What a comparison found, in sentences"
     group = {s: list(t.index) for s,t in table.groupby('status', sort=False)}
@@ -41,18 +41,18 @@ def headline(
     right = f"{_spoken(best)} is right for {fine['mean'][best]:.1%} of the test images"
     if not others: first = right + f", on average over {_count(seeds, 'seed')}"*(seeds > 1) + '.'
     elif seeds < 3: first = right.replace(' is right', ' is right most often,', 1) + '.'
-    elif 'ahead' in group: first = _ahead(table.loc[group['ahead']], ref)
-    elif len(group.get('equal', [])) == others:
-        first = f"No difference: every loss equals {ref} within {_points(margin)}."
-    elif len(group.get('behind', [])) == others: first = f"No loss is as good as {ref}."
+    elif 'better' in group: first = _better(table.loc[group['better']], ref)
+    elif len(group.get('equivalent', [])) == others:
+        first = f"No difference: every loss is equivalent to {ref} within {_points(margin)}."
+    elif len(group.get('worse', [])) == others: first = f"No loss is as good as {ref}."
     else: first = f"No loss is surely better than {ref}."
     more = []
     if others and seeds < 3:
         few = _count(seeds, 'seed').capitalize()
         more = [f"{few} cannot tell a difference from noise; run at least three."]
     elif others:
-        said = {f"Equal to {ref} within {_points(margin)}": 'equal',
-                f"Behind {ref}": 'behind', "Not settled": 'open'}
+        said = {f"Equivalent to {ref} within {_points(margin)}": 'equivalent',
+                f"Worse than {ref}": 'worse', "Not decided": 'not decided'}
         found = {what: group[s] for what,s in said.items() if s in group}
         more = [f"{what}: {_list(map(_spoken, names))}." for what,names in found.items()]
     return [re.sub('^cross', 'Cross', first), *more]
@@ -71,22 +71,22 @@ def _list(names, most=4):
     if len(names) > most: names = [*names[:most], f'{len(names)-most} more']
     return names[0] if len(names) == 1 else ', '.join(names[:-1]) + ' and ' + names[-1]
 
-def _ahead(table, ref):
+def _better(table, ref):
     top = table.sort_values('difference', ascending=False)
     gains = {_spoken(k): f'{100*d:.1f} points' for k,d in top.difference.items()}
     seeds = _count(int(top.seeds.min()), 'seed')
     if len(gains) > 1:
         found = _list(f'{k} ({g})' for k,g in gains.items())
-        return f"{found} are ahead of {ref} by more than the noise of {seeds}."
+        return f"{found} are better than {ref} by more than the noise of {seeds}."
     (k,gain), = gains.items()
-    return f"{k} is {gain} ahead of {ref}, more than the noise of {seeds}."
+    return f"{k} is {gain} better than {ref}, more than the noise of {seeds}."
 
 # %% ../nbs/14_report.ipynb #b7d03a1f
 class Findings:
     "What a comparison shows: verdicts, runs that failed, confusion, accuracy by class"
     def __init__(self,
         comparison, # A `Comparison`
-        margin:float=0.003, # What counts as equal, for the verdicts
+        margin:float=0.003, # What counts as equivalent, for the verdicts
     ):
         self.cmp, self.margin, self.rows = comparison, margin, comparison.results
         self.labels = list(dict.fromkeys(r['label'] for r in self.rows))
@@ -544,10 +544,10 @@ def _method(f, wins):
     noise = 'seeds and of test images' if f.by_image else 'seeds'
     said = (f'A difference is that of the test accuracy, seed by seed. '
             f'Its 95% interval counts the noise of {noise}.',
-            '"Ahead" and "behind" hold after a correction for the number of losses (Holm). '
-            'So an interval can leave out zero and the verdict be open.',
-            f'"Equal" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
-            'Seeds that would settle a verdict are an estimate for a power of 80%. '
+            '"Better" and "worse" hold after a correction for the number of losses (Holm). '
+            'So an interval can leave out zero where nothing is decided.',
+            f'"Equivalent" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
+            'Seeds that would decide a verdict are an estimate for a power of 80%. '
             'Choose their number before you run them.',
             '± is the standard deviation over seeds.')
     star = ('★ is better than every other loss in its column by more than the noise; '
@@ -599,8 +599,8 @@ th button { font-weight: 600; color: var(--muted) }
 [aria-sort] button { color: var(--ink) }
 [aria-sort=ascending] button::after { content: " ↑" }
 [aria-sort=descending] button::after { content: " ↓" }
-.ahead .verdict { color: var(--good); font-weight: 600 }
-.behind .verdict, .failed .verdict { color: var(--bad) }
+.better .verdict { color: var(--good); font-weight: 600 }
+.worse .verdict, .failed .verdict { color: var(--bad) }
 .heat { background: rgb(240 108 0 / var(--a)) }
 
 /* figures */
@@ -749,7 +749,7 @@ _policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 def report_html(
     comparison, # A `Comparison`
     command:str|None=None, # The command that makes it again; None: the comparison's own
-    margin:float=0.003, # What counts as equal
+    margin:float=0.003, # What counts as equivalent
 ) -> str: # A whole HTML page; raises `ValueError` where no run is finished
     "The report of a comparison"
     if not comparison.results:
@@ -797,7 +797,7 @@ def write_report(
     comparison, # A `Comparison`
     folder:str|Path, # Where `report.html` and `runs.csv` go
     command:str|None=None, # The command that makes it again; None: the comparison's own
-    margin:float=0.003, # What counts as equal: 0.003 is 0.3 points of accuracy
+    margin:float=0.003, # What counts as equivalent: 0.003 is 0.3 points of accuracy
 ) -> list: # Paths of both files
     "Write the report of a comparison, and its runs as CSV"
     folder = Path(folder)

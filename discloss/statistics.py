@@ -26,7 +26,7 @@ from .plot import class_colors, fit_ticks, ink, loss_style, plot_axes, plot_styl
 @dataclass(frozen=True)
 class Difference:
     "A mean paired difference, and how sure it is"
-    mean:float # Positive: the entry is ahead of the reference
+    mean:float # Positive: the entry is better than the reference
     n:int # Number of seeds
     var:float # Variance of the difference between seeds
     rest:float=0. # Part of the squared standard error that no further seed removes
@@ -139,7 +139,7 @@ def seeds_for(
 # %% ../nbs/09_statistics.ipynb #35859495
 def p_equal(
     d:Difference, # From `paired` or `paired_images`
-    margin:float, # What counts as equal: 0.003 for 0.3 points of accuracy
+    margin:float, # What counts as equivalent: 0.003 for 0.3 points of accuracy
 ) -> float: # p-value of the two one-sided tests
     "How often losses that differ by `margin` would look as equal as these"
     if margin <= 0: raise ValueError(f"margin must be positive, got {margin}")
@@ -258,21 +258,21 @@ def _usual(own, df):
 # %% ../nbs/09_statistics.ipynb #e6674b40
 def verdict(
     d:Difference, # From `paired` or `paired_images`
-    margin:float|None=0.003, # What counts as equal; None: nothing does
+    margin:float|None=0.003, # What counts as equivalent; None: nothing does
     p:float|None=None, # Of `p_differs`, after Holm; None: as it is
     p_eq:float|None=None, # Of `p_equal`, after Holm; None: as it is
     m:int=1, # Number of comparisons
     alpha:float=0.05, # Level of both tests
-) -> tuple: # 'ahead', 'behind', 'equal' or 'open', and a sentence about it
+) -> tuple: # 'better', 'worse', 'equivalent' or 'not decided', and a sentence about it
     "What a difference amounts to, in words"
     p = p_differs(d) if p is None else p
     if margin is not None and p_eq is None: p_eq = p_equal(d, margin)
-    if d.n < 3: return 'open', "not settled: at least 3 seeds needed"
+    if d.n < 3: return 'not decided', "not decided: at least 3 seeds needed"
     if margin is not None and p_eq < alpha:
         note = ', surely not the same' if p < alpha else ''
-        return 'equal', f"equal within {_short(100*margin)} points{note}"
-    if p < alpha: return ('ahead', 'ahead') if d.mean > 0 else ('behind', 'behind')
-    return 'open', f"not settled: {_needed(d, margin, alpha/m)}"
+        return 'equivalent', f"equivalent within {_short(100*margin)} points{note}"
+    if p < alpha: return ('better', 'better') if d.mean > 0 else ('worse', 'worse')
+    return 'not decided', f"not decided: {_needed(d, margin, alpha/m)}"
 
 def _short(x): return f'{x:.2f}'.rstrip('0').rstrip('.')
 
@@ -298,7 +298,7 @@ def _seeds_words(more):
 def against(
     scores:dict, # Entry -> its runs, see `paired_runs`
     ref:str|None=None, # The reference; None: cross-entropy if it is there, else the first entry
-    margin:float|None=0.003, # What counts as equal; None: nothing does
+    margin:float|None=0.003, # What counts as equivalent; None: nothing does
     ratio:float=0., # See `paired`
     alpha:float=0.05, # Level of the tests
 ) -> pd.DataFrame: # A row for each entry, in the order of `scores`
@@ -319,8 +319,8 @@ def against(
         rows[k] = dict(mean=means[0], seeds=len(v), ref_mean=means[1])
         if k == ref: rows[k] |= dict(status='reference', verdict='reference')
         elif k not in known:
-            few = 'not settled: at least 3 seeds needed'
-            rows[k] |= dict(difference=means[0]-means[1], status='open', verdict=few)
+            few = 'not decided: at least 3 seeds needed'
+            rows[k] |= dict(difference=means[0]-means[1], status='not decided', verdict=few)
         else:
             d = known[k]
             low, high = interval(d, 1-alpha)

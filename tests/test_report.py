@@ -82,7 +82,7 @@ def test_every_kind_of_comparison_has_a_page(case, tmp_path):
 
 def test_first_sentence_and_winner():
     page = check(report_html(made_up(gains=dict(center=.05))))
-    assert re.search(r'center is 5\.\d points ahead of cross-entropy, more than the noise of five seeds\.', page.text)
+    assert re.search(r'center is 5\.\d points better than cross-entropy, more than the noise of five seeds\.', page.text)
     assert 'test images' in page.text and '★' in page.text
 
 def test_what_is_in_the_file_runs_nowhere():
@@ -168,16 +168,16 @@ def sentences(status, seeds=5, **kwargs):
     return headline(table, **kwargs)
 
 @pytest.mark.parametrize('status,first', [
-    (dict(center=('ahead',.008)), 'center is 0.8 points ahead of cross-entropy, more than the noise of five seeds.'),
-    (dict(center=('ahead',.008), arcface=('ahead',.01)), 'arcface (1.0 points) and center (0.8 points) are ahead of cross-entropy by more than the noise of five seeds.'),
-    (dict(center=('equal',.001), arcface=('equal',0.)), 'No difference: every loss equals cross-entropy within 0.3 points.'),
-    (dict(center=('behind',-.1)), 'No loss is as good as cross-entropy.'),
-    (dict(center=('behind',-.1), arcface=('open',.01)), 'No loss is surely better than cross-entropy.'),
+    (dict(center=('better',.008)), 'center is 0.8 points better than cross-entropy, more than the noise of five seeds.'),
+    (dict(center=('better',.008), arcface=('better',.01)), 'arcface (1.0 points) and center (0.8 points) are better than cross-entropy by more than the noise of five seeds.'),
+    (dict(center=('equivalent',.001), arcface=('equivalent',0.)), 'No difference: every loss is equivalent to cross-entropy within 0.3 points.'),
+    (dict(center=('worse',-.1)), 'No loss is as good as cross-entropy.'),
+    (dict(center=('worse',-.1), arcface=('not decided',.01)), 'No loss is surely better than cross-entropy.'),
     (dict(center=('failed',-.8)), 'Cross-entropy is right for 95.0% of the test images, on average over five seeds.')])
 def test_headlines(status, first): assert sentences(status)[0] == first
 
 def test_headline_of_one_seed():
-    first, second = sentences(dict(center=('open',.01)), seeds=1)
+    first, second = sentences(dict(center=('not decided',.01)), seeds=1)
     assert first == 'center is right most often, for 96.0% of the test images.' and second == 'One seed cannot tell a difference from noise; run at least three.'
 
 def test_runs_csv_is_in_the_page(tmp_path):

@@ -92,19 +92,20 @@ def test_verdicts_never_contradict_the_intervals():
     for _ in range(300):
         d = Difference(rng.normal(0, .005), int(rng.integers(3, 12)), rng.uniform(0, .006)**2, rng.choice([0,1e-6]))
         status, text = verdict(d)
+        assert status in ('better', 'worse', 'equivalent', 'not decided') and text.startswith(status)
         low, high = interval(d)
-        if status == 'ahead': assert low > 0
-        if status == 'behind': assert high < 0
-        if status == 'equal': assert abs(d.mean) < .003 and 'equal within 0.3 points' in text
-        if status == 'open': assert 'needed' in text and 'about 0' not in text
+        if status == 'better': assert low > 0
+        if status == 'worse': assert high < 0
+        if status == 'equivalent': assert abs(d.mean) < .003 and 'equivalent within 0.3 points' in text
+        if status == 'not decided': assert 'needed' in text and 'about 0' not in text
 
 def test_two_seeds_settle_nothing():
-    assert verdict(paired([.9,.91], [.1,.12]))[0] == 'open'
+    assert verdict(paired([.9,.91], [.1,.12]))[0] == 'not decided'
 
 def test_runs_that_are_missing_leave_out_their_pair_only():
     table = against(dict(ce={0: .9, 1: .91, 2: .92, 3: .93}, new={1: .95, 2: .97, 3: .98, 7: .1}))
     assert table.difference['new'] == pytest.approx(np.mean([.04,.05,.05]))
-    assert table.status['ce'] == 'reference' and table.status['new'] == 'ahead'
+    assert table.status['ce'] == 'reference' and table.status['new'] == 'better'
 
 def test_order_of_seeds_and_entries_changes_nothing():
     rng = np.random.default_rng(8)
@@ -133,7 +134,7 @@ def test_a_single_entry_and_entries_that_failed():
     one = against(dict(center=[.9,.91,.92]))
     assert list(one.status) == ['reference']
     broken = against(dict(ce=[math.nan]*3, center=[.9,.91,.92]))
-    assert list(broken.status) == ['reference','open'] and broken['mean'].isna()['ce']
+    assert list(broken.status) == ['reference','not decided'] and broken['mean'].isna()['ce']
 
 def test_degenerate_entries_win_nothing():
     assert not keeps_up(.72, .98, .1) and keeps_up(.95, .98, .1)
@@ -202,7 +203,7 @@ def test_folds_show_a_difference_that_is_large():
 
 def test_more_seeds_in_the_same_folds_are_not_promised_too_much():
     d = Difference(.004, 20, 1e-6, 2.25e-6, 4)
-    assert verdict(d, None)[1] == 'not settled: more test images needed'
+    assert verdict(d, None)[1] == 'not decided: more test images needed'
     assert seeds_for(.01, 1e-4) < seeds_for(.01, 1e-4, df=4)
 
 def test_seeds_of_a_fold_are_one_score():
@@ -246,7 +247,7 @@ def test_equal_losses_over_the_same_folds_are_seldom_called_different():
         right = rng.random((12,5,2,120)) < .8+of_fold
         runs = [{(f,s): r[f,s] for f in range(5) for s in range(2)} for r in right]
         table = against(dict(enumerate(runs)), 0, .003)
-        alarms += table.status.isin(['ahead','behind']).any()
+        alarms += table.status.isin(['better','worse']).any()
     assert alarms/150 < .12
 
 @pytest.mark.parametrize('swap', [False, True])
@@ -271,7 +272,7 @@ def test_seeds_that_are_promised_without_spread_settle_it(mean, m):
     more = int(text.split('about ')[1].split()[0])
     def settled(n):
         d = Difference(mean, n, 0.)
-        return verdict(d, p=p_differs(d)*m, p_eq=p_equal(d, .003)*m)[0] != 'open'
+        return verdict(d, p=p_differs(d)*m, p_eq=p_equal(d, .003)*m)[0] != 'not decided'
     assert settled(3+more) and (more == 1 or not settled(2+more))
 
 def test_ranks_of_few_sets_are_counted():
@@ -294,20 +295,20 @@ def test_runs_with_other_test_images_are_named():
 
 def test_none_is_a_run_without_a_number():
     t = against(dict(ce=[.9,.91,.92,.93], a=[.95,None,.97,.985]))
-    assert t.seeds['a'] == 3 and t.status['a'] == 'ahead'
+    assert t.seeds['a'] == 3 and t.status['a'] == 'better'
     assert not better([.9,None,.8], [.8]*3)
 
 def test_means_of_an_entry_are_those_of_the_runs_it_shares():
     t = against(dict(ce={0: .95, 1: .80, 2: .81, 3: .80}, new={1: .85, 2: .87, 3: .86, 9: .2}))
     assert t['mean']['new']-t.ref_mean['new'] == pytest.approx(t.difference['new'])
-    assert t.status['new'] == 'ahead'
+    assert t.status['new'] == 'better'
     folds = {(f,s): np.arange(10*(f+1)) < 5 for f in range(3) for s in range(2) if (f,s) != (1,1)}
     t = against(dict(ce={k: np.ones(len(v)) for k,v in folds.items()}, new=folds))
     assert t['mean']['new']-t.ref_mean['new'] == pytest.approx(t.difference['new'])
 
 def test_without_a_margin_nothing_is_equal():
     t = against(dict(ce=[.9,.9,.9,.9,.9,.9], a=[.9,.9,.9,.9,.9,.9]), margin=None)
-    assert t.status['a'] == 'open' and math.isnan(t.p_equal['a'])
+    assert t.status['a'] == 'not decided' and math.isnan(t.p_equal['a'])
 
 def test_overlap_of_folds_takes_away_a_winner():
     runs = dict(a={(f,0): v for f,v in enumerate([.90,.92,.91,.93,.92])}, b={(f,0): .9 for f in range(5)})
