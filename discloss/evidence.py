@@ -300,6 +300,7 @@ def cost(
     file=None, # See step_costs
 ) -> str: # A sentence; empty if it was not measured
     "What a step of a loss costs"
+    if label == 'crossentropy': return 'The costs of all other losses are relative to cross-entropy.'
     rows = step_costs(file)
     rows = rows[rows.loss == label].set_index('classes')
     for classes in (c for c in (1000, 500) if c in rows.index):
@@ -318,9 +319,8 @@ def in_short(
     def name(k): return f', {named(k)}' if len(labels) > 1 else ''
     found = [f'**Verdict{name(k)}.** {standing(k, folder)}' for k in labels]
     file = None if folder is None else Path(folder).parent/'bench.jsonl'
-    costs = {k: cost(k, file) for k in labels}
-    several = len(labels) > 1
-    prices = [f'{named(k)}: {c}' if several else c for k,c in costs.items() if c]
+    costs = {k: c for k in labels if (c := cost(k, file))}
+    prices = [f'{named(k)}: {c}' if len(costs) > 1 else c for k,c in costs.items()]
     if prices: found.append(f"**Cost.** {' '.join(prices)}")
     return Markdown('\n\n'.join([*found, _more]))
 

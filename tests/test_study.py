@@ -68,6 +68,7 @@ def test_a_torn_reading_is_passed_over(tmp_path):
            '"step": "head and loss", "classes": 1000, "relative": 1.25, "device": "cpu"}')
     file.write_text(row + '\n\n{"loss": "cen', encoding='utf-8')
     assert '1.25 times' in cost('center', file)
+    assert cost('crossentropy', file) == 'The costs of all other losses are relative to cross-entropy.'
 
 def test_a_tier_without_runs_has_the_columns_of_one_with_runs(tmp_path):
     empty = tier_table('digits', tmp_path)
