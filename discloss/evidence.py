@@ -370,4 +370,4 @@ _how_decided = (
     'Where a p-value stands, it decides: a paired test over the seeds of this page, with a level '
     'of 5%. Otherwise the numbers of the row decide. These are runs with default settings and few '
     'seeds, without a correction for several claims. Where '
-    '[claims and verdicts](../studies/22_claims.ipynb) has another word, it counts.')
+    '[claims and verdicts](../studies/22_claims.ipynb) says something else, that page counts.')
