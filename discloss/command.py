@@ -15,7 +15,7 @@ from .specs import (check_arch, check_budget, did_you_mean, names_in, read_rates
 # %% ../nbs/15_command.ipynb #8bc40afb
 def discloss_compare(
     # 'all', or losses separated by commas, with hyper-parameters like center(lam=0.01);
-    # center(lam=[0.001,0.01]) is two
+    # center(lam=[0.001,0.01]) is two; lr and wd in the parentheses are that loss's own
     losses:str='crossentropy,center,sigma2r',
     # digits, mnist, fashion_mnist, cifar10, cifar100, <name> of a file ROOT/<name>.npz, or
     # a folder of images

@@ -25,7 +25,7 @@ from .data import check_data, counted, fingerprint, image_dls
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
                            device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,
                            normalize_for, run_loss, test_loader, threads, versions)
-from .specs import (check_arch, check_budget, loss_label, parse_losses, read_rates,
+from .specs import (check_arch, check_budget, loss_label, parse_entries, read_rates,
                             read_seeds)
 from .store import append_result, claim, describe, plain, read_results, run_key
 
@@ -132,15 +132,20 @@ def callbacks_for(
             f"cbs must make callbacks or None for a loss, got {o!r} for {loss_label(loss)}")
     return found
 
-def _plan(losses, rates, seeds, setup, cbs):
+def _plan(entries, rates, seeds, setup, cbs):
     "All runs, seed by seed"
     runs = []
-    for seed,(label,loss),lr in itertools.product(seeds, losses.items(), rates):
-        extra = callbacks_for(cbs, loss)
-        config = {**setup, 'lr': lr, 'seed': seed, **_loss_config(loss), **_cbs_config(extra)}
-        if len(rates) > 1: label = f'{label}, lr={lr}'
-        runs.append(Run(label, loss, plain(config), run_key(plain(config)), extra))
+    for seed,(label,(loss,own)) in itertools.product(seeds, entries.items()):
+        for name,fit in _fits(label, own, rates):
+            extra = callbacks_for(cbs, loss)
+            config = {**setup, **fit, 'seed': seed, **_loss_config(loss), **_cbs_config(extra)}
+            runs.append(Run(name, loss, plain(config), run_key(plain(config)), extra))
     return runs
+
+def _fits(label, own, rates):
+    "Label, and learning rate and weight decay, for each rate of a loss; its own ones win"
+    if 'lr' in own or len(rates) == 1: return [(label, dict(lr=rates[0]) | own)]
+    return [(f'{label}, lr={lr}', dict(lr=lr) | own) for lr in rates]
 
 # %% ../nbs/07_compare.ipynb #d89fe7a8
 def batch_seconds(
@@ -354,7 +359,7 @@ def _id(dataset, i):
 # %% ../nbs/07_compare.ipynb #b835fffd
 def compare(
     # 'all', comma-separated specs like center(lam=0.01), a list of specs or losses, or a
-    # dict of label -> loss
+    # dict of label -> loss; lr and wd of a spec win, as in center(lam=0.01, lr=0.03, wd=0.1)
     losses='crossentropy,center,sigma2r',
     data='digits', # A name or folder as for image_dls, or any fastai DataLoaders
     # See find_arch; None: small_body for digits, lenetpp for (Fashion-)MNIST, resnet9 for
@@ -385,7 +390,7 @@ def compare(
 ) -> Comparison:
     "Train each loss with each seed under the same conditions; finished runs are not done again"
     _check_kinds(losses, data, cbs)
-    losses, seeds, rates = parse_losses(losses), read_seeds(seeds), read_rates(lr)
+    entries, seeds, rates = parse_entries(losses), read_seeds(seeds), read_rates(lr)
     check_budget(epochs=epochs, wd=wd, n_feats=n_feats, bs=bs, threads=n_threads)
     arch, pretrained = choose_arch(data, arch, pretrained, weights)
     tuned = pretrained or weights is not None
@@ -394,11 +399,11 @@ def compare(
     dls = _load(data, arch, tuned, bs, device, data_kwargs)
     if tuned: normalize_for(dls, arch)
     how = dict(arch=arch, n_feats=n_feats, pretrained=pretrained, weights=weights)
-    work = _try_out(losses, dls, how)
+    work = _try_out(entries, dls, how)
     setup = _setup(dls, how, epochs, wd)
-    runs = _plan(losses, rates, seeds, setup, cbs)
+    runs = _plan(entries, rates, seeds, setup, cbs)
     with threads(n_threads or _threads_for(work, dls)):
-        _run_all(runs, store, dls, how, epochs, wd, show)
+        _run_all(runs, store, dls, how, epochs, show)
     return _collect(runs, store, dls, command)
 
 # %% ../nbs/07_compare.ipynb #8aecf8d0
@@ -411,11 +416,11 @@ def _check_cbs(cbs):
         raise TypeError(f"cbs must be a function that makes callbacks for a loss, since each "
                         f"run needs its own, got {cbs!r}")
 
-def _try_out(losses, dls, how):
+def _try_out(entries, dls, how):
     "Find now what a loss or its head refuses; gives the multiply-adds of a batch"
     _check_loaders(dls)
     *xs, y = dls.one_batch()
-    for label,loss in losses.items():
+    for label,(loss,_) in entries.items():
         try:
             model = loss_learner(loss, dls, **how).model.to(_device(dls))
             with torch.no_grad(): value = loss(model(*(x[:16] for x in xs)), y[:16])
@@ -437,7 +442,7 @@ def _threads_for(work, dls):
     if _device(dls).type != 'cpu' or 'OMP_NUM_THREADS' in os.environ: return torch.get_num_threads()
     return choose_threads(work)
 
-def _run_all(runs, store, dls, how, epochs, wd, show):
+def _run_all(runs, store, dls, how, epochs, show):
     todo = [r for r in runs if r.key not in store.rows]
     if show: _say_found(runs, todo, store)
     if not todo: return
@@ -450,13 +455,13 @@ def _run_all(runs, store, dls, how, epochs, wd, show):
     progress = _Progress(len(todo), epochs_run*(len(dls.train)+len(dls.valid)), show)
     def do(run):
         progress.begin(run, epochs_run)
-        store.add(*_do(run, dls, how, epochs, wd, progress))
+        store.add(*_do(run, dls, how, epochs, progress))
         progress.finish()
     _work(runs, store, do)
 
-def _do(run, dls, how, epochs, wd, progress):
+def _do(run, dls, how, epochs, progress):
     "One run: its row, and what the network said"
-    lr, seed = run.config['lr'], run.config['seed']
+    lr, wd, seed = (run.config[k] for k in ('lr', 'wd', 'seed'))
     try: row, outputs = run_loss(run.loss, dls, epochs=epochs, lr=lr, wd=wd, seed=seed,
                                  progress=progress, cbs=run.cbs, label=run.label, **how)
     except ValueError as e: raise ValueError(f"{run.label}, seed {seed}: {e}") from e

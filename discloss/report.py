@@ -513,6 +513,9 @@ def _conditions(f, command):
     "What the numbers stand for, and how to get them again"
     configs = [r['config'] for r in f.rows]
     facts = {what: _same(c.get(k) for c in configs) for k,what in _facts.items()}
+    decays = [c.get('wd') for c in configs]
+    if set(decays) != {None}: # fastai's where none is given
+        facts['weight decay'] = _same('0.01' if d is None else str(d) for d in decays)
     sizes = zip(configs[0].get('n') or [], ('training','validation','test'))
     facts['images'] = ', '.join(f'{n:,} {what}' for n,what in sizes)
     facts['classes'] = len(f.vocab)

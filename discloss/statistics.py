@@ -6,7 +6,7 @@ __all__ = ['Difference', 'paired', 'interval', 'p_differs', 'paired_images', 'bo
            'better', 'winner', 'Ranks', 'rank_test', 'critical_difference', 'plot_ranks']
 
 # %% ../nbs/09_statistics.ipynb #84b861be
-import math
+import math, re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -341,7 +341,8 @@ def reference(
     "The entry that others are compared with"
     names = list(names)
     if not names: raise ValueError("a comparison needs at least one entry, got none")
-    plain = {k: ''.join(filter(str.isalnum, str(k).lower())).removesuffix('loss') for k in names}
+    losses = {k: re.sub(r'\b(lr|wd)=[\w.+-]+', '', str(k).lower()) for k in names}
+    plain = {k: ''.join(filter(str.isalnum, o)).removesuffix('loss') for k,o in losses.items()}
     exact = [k for k in names if plain[k] in ('crossentropy','ce','softmax')]
     swept = [k for k in names if plain[k].startswith('crossentropy')]
     return (exact or swept or names)[0]

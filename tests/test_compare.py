@@ -62,6 +62,22 @@ def test_epochs_lr_wd_bs_are_used(spied):
     assert s['epochs'] == 3 and s['bs'] == 32 and s['wd'] == 0.123
     assert len(s['targ']) == 3*4 and max(s['lrs']) == pytest.approx(3e-3, rel=.02)
 
+def test_lr_and_wd_of_a_loss_win(spied):
+    losses = ['crossentropy(lr=0.002, wd=0.3)', 'center(lam=0.1, wd=[0,0.2])', CenterLoss()]
+    seen, cmp = spied(losses, lr=[.01,.02], wd=.1)
+    assert cmp.labels == ['crossentropy(lr=0.002, wd=0.3)', *(f'center(lam=0.1, wd={d}), lr={r}' for d in (0.,.2) for r in (.01,.02)),
+                          'center, lr=0.01', 'center, lr=0.02']
+    assert [s['wd'] for s in seen] == [.3, 0, 0, .2, .2, .1, .1]
+    assert [r['config']['wd'] for r in cmp.results] == [s['wd'] for s in seen]
+    assert [r['config']['lr'] for r in cmp.results] == [.002, .01, .02, .01, .02, .01, .02]
+
+def test_the_same_setting_is_the_same_run(tmp_path):
+    "However it is written; the result of the other text is used"
+    for losses,more in ('crossentropy', dict(lr=.02, wd=.3)), ('crossentropy(lr=0.02, wd=0.3)', {}), ('crossentropy(wd=0.3)', dict(lr=.02)):
+        cmp = compare(losses, out=tmp_path, **quick, **more)
+        assert cmp.labels == [losses]
+    assert len(read_results(tmp_path/'results.jsonl')) == 1
+
 def test_default_weight_decay_is_fastais(spied):
     (s,), _ = spied()
     assert s['wd'] == 0.01
@@ -343,7 +359,7 @@ def wide(n): return lambda n_in: small_body(n_in, width=n)
 base = dict(losses='center', data='digits', **quick)
 parts = {
     'loss': dict(losses='crossentropy'), 'hyper-parameter': dict(losses='center(lam=0.1)'), 'code of the loss': dict(losses=[OwnLoss()]), 'edited code of the loss': dict(losses=[OwnLossEdited()]),
-    'epochs': dict(epochs=2), 'lr': dict(lr=1e-3), 'wd': dict(wd=0.5), 'bs': dict(bs=32), 'seed': dict(seeds=[5]), 'n_feats': dict(n_feats=8),
+    'epochs': dict(epochs=2), 'lr': dict(lr=1e-3), 'wd': dict(wd=0.5), 'bs': dict(bs=32), 'its own lr': dict(losses='center(lr=0.002)'), 'its own wd': dict(losses='center(wd=0.3)'), 'seed': dict(seeds=[5]), 'n_feats': dict(n_feats=8),
     'arch': dict(arch='lenetpp'), 'a function as arch': dict(arch=wide(8)), 'another function of its name': dict(arch=wide(16)), 'a partial': dict(arch=functools.partial(small_body, width=8)),
     'another partial': dict(arch=functools.partial(small_body, width=16)), 'n_train': dict(n_train=120), 'valid_pct': dict(valid_pct=.3), 'size': dict(size=16), 'channels': dict(channels=3),
     'augmentation': dict(pad=1), 'flip': dict(flip=True), 'stats': dict(stats=([.5],[.9])),

@@ -219,6 +219,12 @@ def test_the_page_in_a_browser(tmp_path):
     assert got['hit'] == 9 and got['dim'] # points, badge and its text in three panels
     assert got['read'].startswith('a recognised: ') and got['wrong'].startswith('d taken for a: ') and got['wide']
 
+def test_the_conditions_name_each_weight_decay():
+    cmp = made_up()
+    decays = dict(crossentropy=None, center=.3, arcface=0.)
+    for r in cmp.results: r['config']['wd'] = decays[r['label']]
+    assert '<dt>weight decay</dt><dd>0.01, 0.3, 0.0</dd>' in report_html(cmp)
+
 def test_the_star_is_explained_where_there_is_one():
     from fastcore.xml import to_xml
     from discloss.report import _method

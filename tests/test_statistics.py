@@ -119,6 +119,12 @@ def test_order_of_seeds_and_entries_changes_nothing():
 @pytest.mark.parametrize('name', ['crossentropy','CrossEntropyLoss','cross-entropy','CE','softmax'])
 def test_reference_is_cross_entropy(name): assert reference(['center', name, 'arcface']) == name
 
+def test_reference_with_a_rate_of_its_own():
+    "Label smoothing is no reference where plain cross-entropy is there"
+    names = 'crossentropy(label_smoothing=0.1, lr=0.01)', 'center(lr=1e-05)', 'crossentropy(lr=1e-05, wd=0.1)'
+    assert reference(names) == names[2]
+    assert reference(names[:2]) == names[0]
+
 def test_reference_in_a_sweep(): assert reference(['center', 'crossentropy, lr=0.01', 'crossentropy, lr=0.1']) == 'crossentropy, lr=0.01'
 
 @pytest.mark.parametrize('n', [0, 1])
