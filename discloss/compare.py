@@ -422,12 +422,23 @@ def _try_out(entries, dls, how):
     *xs, y = dls.one_batch()
     for label,(loss,_) in entries.items():
         try:
-            model = loss_learner(loss, dls, **how).model.to(_device(dls))
-            with torch.no_grad(): value = loss(model(*(x[:16] for x in xs)), y[:16])
+            with torch.no_grad():
+                model, pred = _look_once(loss, dls, how, [x[:16] for x in xs])
+                value = loss(pred, y[:16])
             if value.ndim: raise ValueError("a run trains on one number a batch, so "
                 f"reduction must be 'mean' or 'sum', got {loss.reduction!r}")
         except ValueError as e: raise ValueError(f"{label}: {e}") from e
     return multiply_adds(model, xs[0])
+
+def _look_once(loss, dls, how, xs):
+    "A model and what it gives for a batch, or `ValueError` if the images do not suit it"
+    try:
+        model = loss_learner(loss, dls, **how).model.to(_device(dls))
+        return model, model(*xs)
+    except (RuntimeError, AssertionError) as e:
+        shape = tuple(xs[0].shape[1:])
+        raise ValueError(f"{arch_name(how['arch'])} does not work on images of shape {shape}, "
+                         f"channels first: {e}") from e
 
 def _check_loaders(dls):
     "Find now what would stop a run at its end"

@@ -454,7 +454,7 @@ def of_budget(
     "Runs that count"
     t = tiers[tier]
     budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries)
-    return [r for r in rows if budget.items() <= r['setting'].items()]
+    return [r for r in rows if budget.items() <= (r.get('setting') or {}).items()]
 
 def piece_of(
     row:dict, # A result

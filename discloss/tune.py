@@ -339,6 +339,13 @@ def _enqueue(study, first, alone):
             break
     return tried
 
+def _one_trial(study, objective):
+    "Run a trial; where its end cannot be written, Optuna hides the reason behind an assertion"
+    try: study.optimize(objective, n_trials=1)
+    except AssertionError as e:
+        if isinstance(e.__context__, OSError): raise e.__context__
+        raise
+
 def _search(study, objective, before, n_trials, show, label):
     "Run the trials that are missing"
     def missing(): return n_trials - len(_done(study))
@@ -348,7 +355,7 @@ def _search(study, objective, before, n_trials, show, label):
     for i in range(todo):
         if missing() <= 0: break # Another machine did them
         before()
-        study.optimize(objective, n_trials=1)
+        _one_trial(study, objective)
         if bar: bar.update(i+1)
         elif show:
             print(f'{label}: trial {i+1} of {todo}, best validation accuracy '

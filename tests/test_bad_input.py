@@ -319,6 +319,7 @@ comparisons = {
     'half an epoch':                 (lambda t: compare(epochs=0.5), ('epochs', 'at least 1', '0.5')),
     'no seeds':                      (lambda t: compare(seeds=0), ('seeds', 'at least 1')),
     'a seed twice':                  (lambda t: compare(seeds=[1,1]), ('seeds', 'different', '[1, 1]')),
+    'images too small for a network': (lambda t: compare(arch='lenetpp', size=4, **quick), ('crossentropy: lenetpp', '(1, 4, 4)', 'channels first')),
     'a seed as number of seeds':     (lambda t: compare(seeds=20_261_126), ('seeds', 'at most 10,000', 'a list', '20,261,126')),
     'a negative seed':               (lambda t: compare(seeds=[0,-1]), ('seed', '-1')),
     'learning rate of NaN':          (lambda t: compare(lr=math.nan), ('lr', 'positive', 'nan')),

@@ -62,6 +62,12 @@ def test_what_is_searched_decides_the_key_of_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(study, 'entries', lambda: fewer)
     assert key('digits', tmp_path) != same
 
+def test_a_line_of_another_kind_stops_no_study(tmp_path, monkeypatch, capsys):
+    (tmp_path/'digits.jsonl').write_text('{"key": "a"}\n{"key": "b", "setting": null}\n')
+    monkeypatch.setattr(study, 'run_one', lambda *args: None)
+    study.run_study(['digits'], tmp_path)
+    assert 'digits: 0 of 380 runs are there' in capsys.readouterr().out
+
 def test_a_torn_reading_is_passed_over(tmp_path):
     file = tmp_path/'bench.jsonl'
     row = ('{"loss": "center", "batch": 256, "features": 512, "dtype": "float32", "mode": "eager", '

@@ -194,6 +194,19 @@ def test_a_torn_journal_goes_on(search, tmp_path, cut):
     journal.write_bytes(journal.read_bytes()[:-cut])
     for n in (4, 5): assert len(search(n).trials) == n
 
+@pytest.mark.parametrize('full', range(1, 12))
+def test_a_full_disk_is_named_and_the_search_goes_on(search, monkeypatch, full):
+    from optuna.storages.journal import JournalFileBackend as Backend
+    write, calls = Backend.append_logs, []
+    def append(self, logs):
+        calls.append(logs)
+        if full <= len(calls) < full+5: raise OSError(28, 'No space left on device')
+        write(self, logs)
+    monkeypatch.setattr(Backend, 'append_logs', append)
+    with pytest.raises(OSError, match='No space left'): search(2)
+    calls += [None]*5
+    assert len(search(2, alone=True).trials) == 2
+
 def test_a_damaged_journal_is_named(search, tmp_path):
     (tmp_path/'tune.journal').write_bytes(b'\x00\xff\n{}\n')
     with pytest.raises(ValueError, match='tune.journal is damaged, or no journal of trials'): search(1)
