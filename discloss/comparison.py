@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.lines import Line2D
 
 from .data import counted
@@ -85,8 +86,9 @@ class Comparison:
         "Features of the first seed, for pictures"
         first = {k: self._outputs.get(self.of(k)[0]['key']) for k in self.labels}
         def pair(o):
-            feats, targ = o['feats'], o['targ'][:len(o['feats'])]
-            return torch.from_numpy(feats).float(), torch.from_numpy(targ).long()
+            feats, targ = torch.from_numpy(o['feats']).float(), o['targ'][:len(o['feats'])]
+            if feats.shape[1] == 1: feats = F.pad(feats, (0,1)) # A picture has two axes
+            return feats, torch.from_numpy(targ).long()
         return {k: pair(o) for k,o in first.items() if o is not None}
     @property
     def troubles(self) -> dict: # Label -> sentence

@@ -328,6 +328,12 @@ def test_the_picture_has_the_best_losses_and_names_the_rest():
     assert titles[:2] == ['crossentropy','loss12(lam=12)'] # The best panels come first
     assert 'features not shown: loss0(lam=0), loss3(lam=3)' in texts and 'did not learn: loss3(lam=3)' in texts
 
+def test_a_picture_of_one_feature():
+    cmp = compare('crossentropy', n_feats=1, **quick)
+    feats, _ = cmp.feats['crossentropy']
+    assert feats.shape[1] == 2 and not feats[:,1].any()
+    assert texts_of(cmp.plot())
+
 def test_a_picture_of_nothing_that_learned():
     texts = texts_of(pictured(['center','crossentropy'], ['cat','dog'], failed=['center','crossentropy']).plot())
     assert texts.count('diverged') == 4 # Both losses, in both panels of scores
