@@ -10,10 +10,10 @@ __all__ = ['narrow', 'theirs', 'plain_digits', 'pulled', 'by_rate', 'scales', 'b
            'read_runs', 'diverged', 'values', 'compared', 'means', 'Found', 'n_runs', 'called', 'odd', 'arm_name',
            'rounded', 'with_interval', 'show_difference', 'undecided', 'joined', 'Versus', 'differs', 'Equal', 'Alone',
            'Untested', 'sensitivity', 'steadier', 'Claim', 'bound', 'of', 'over_epochs', 'told_apart', 'of_delta',
-           'claims_table', 'run_arm', 'recipe', 'key_of', 'plan', 'main', 'one_row']
+           'claims_table', 'run_arm', 'recipe', 'key_of', 'plan', 'main', 'run_all', 'one_row']
 
 # %% ../nbs/studies/22_claims.ipynb #6efc70d4
-import argparse, math, time
+import argparse, math, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -482,6 +482,7 @@ class Found:
     verdict:str|None = None # None: p and side decide
     p:float = math.nan # Of the difference
     agrees:bool = False # Is the difference on the side of the claim?
+    tuned:bool = False # Is p that of the study's table, corrected for the number of entries?
 
 def n_runs(n, planned):
     "Runs that are compared, of those that are planned"
@@ -554,17 +555,25 @@ class Versus:
         return (compared(runs, self.experiment, self.a, self.name),
                 compared(runs, self.experiment, self.b, self.name_b or self.name))
 
+    @property
+    def tuned(self):
+        "Does a table of the study have this comparison?"
+        return self.experiment in studies and self.b == 'crossentropy'
+
     def difference(self, runs):
-        "The difference, with its interval; None: fewer than two runs"
+        "The difference with its interval, and p; None and NaN: fewer than two runs"
         a, b = self.arms(runs)
         ratio = experiment_of(self.experiment).ratio
         mine = paired_runs(a, b, ratio)
-        if mine is None or self.experiment not in studies: return mine
+        if mine is None: return None, math.nan
+        if self.experiment not in studies: return mine, p_differs(mine)
         # As in the tables, the spreads of all entries tell of each other
         names = runs[self.experiment].keys() - {self.a, self.b, *references}
         rest = [compared(runs, self.experiment, k, self.name) for k in sorted(names)]
         rest = [paired_runs(o, b, ratio) for o in rest]
-        return moderated([mine, *filter(None, rest)])[0]
+        found = moderated([mine, *filter(None, rest)])
+        p = [p_differs(d) for d in found]
+        return found[0], (holm(p) if self.tuned else p)[0]
 
     def pair(self):
         "What is compared, in words"
@@ -585,14 +594,14 @@ class Versus:
         return f'{e.title}, {n} each. {pair[0].upper()}{pair[1:]}'
 
     def __call__(self, runs):
-        d, how = self.difference(runs), self.how(runs)
+        (d, p), how = self.difference(runs), self.how(runs)
         word, note = undecided(runs, self.experiment, self.a, self.b)
         if d is None or d.n < 3: return Found(how, note, word or 'not tested')
         numbers = show_difference(*means(*self.arms(runs)), d, self.name)
         if self.experiment in experiments: numbers = joined(note, numbers)
         elif note: numbers = f'{numbers}; {note}'
         if word == 'not tested': return Found(how, numbers, word)
-        return Found(how, numbers, word, p_differs(d), (d.mean > 0) == self.more)
+        return Found(how, numbers, word, p, (d.mean > 0) == self.more, self.tuned)
 
 def differs(d, value):
     "Is a mean surely not this value?"
@@ -968,7 +977,8 @@ def claims_table(
     def row(c): return dict(paper=c.paper, loss=c.loss, claim=c.text, page=c.page)
     rows = [row(c) | vars(c.test(runs)) for c in claims]
     table = pd.DataFrame(rows)
-    table['p'] = table.groupby('paper').p.transform(holm)
+    own = ~table.tuned
+    table.loc[own, 'p'] = table[own].groupby('paper').p.transform(holm)
     def decided(row):
         if isinstance(row.verdict, str): return row.verdict
         if not row.p < 0.05: return 'not decided'
@@ -1014,7 +1024,8 @@ def main(args=None):
     about = 'Run the experiments behind the claims; finished runs are not done again.'
     parser = argparse.ArgumentParser(prog='python -m discloss.claims', description=about)
     parser.add_argument('names', nargs='*', help=f"of {', '.join(experiments)}; none: all")
-    parser.add_argument('--out', default='results/claims.jsonl', help='file of the results')
+    parser.add_argument('--out', default='results/claims.jsonl',
+                        help='file of the results (default: %(default)s)')
     parser.add_argument('--minutes', type=read_minutes, default=math.inf,
                         help='begin no run after so many minutes')
     given, began = parser.parse_args(args), time.monotonic()
@@ -1024,14 +1035,24 @@ def main(args=None):
     try: make_folder(Path(given.out).parent)
     except OSError as e: parser.error(f'--out: {e}')
     if default_device().type == 'cpu': torch.set_num_threads(1)
-    for name, label, seed in plan(given.names or experiments):
+    try: run_all(given.names or list(experiments), given.out, began+60*given.minutes)
+    except KeyboardInterrupt:
+        sys.exit(f'\n{parser.prog}: stopped; finished runs are kept in {given.out}, the same '
+                 'command goes on from there')
+
+def run_all(names, out, stop):
+    "The runs that are missing, until the clock says stop"
+    runs, there = list(plan(names)), read_results(out)
+    done = sum(key_of(*r) in there for r in runs)
+    print(f'{done:,} of {len(runs):,} runs are there', flush=True)
+    for name, label, seed in runs:
         key = key_of(name, label, seed)
-        if key in read_results(given.out): continue
-        if time.monotonic()-began > 60*given.minutes: return
-        with claim(f'{given.out}.{key}.lock') as ours:
-            if not ours or key in read_results(given.out): continue
+        if key in read_results(out): continue
+        if time.monotonic() > stop: return
+        with claim(f'{out}.{key}.lock') as ours:
+            if not ours or key in read_results(out): continue
             row = dict(key=key, **one_row(name, label, seed))
-            append_result(given.out, row)
+            append_result(out, row)
         print(f"{name}: {label}, seed {seed}, {row['seconds']:.1f} s", flush=True)
 
 def one_row(name, label, seed):

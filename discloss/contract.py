@@ -145,6 +145,7 @@ def hyperparameters(case):
     names = [k for k in loss.hparams if k not in ('reduction', 'weight')]
     missing = [k for k in names if k not in loss.hypers]
     assert not missing, f"hypers must say what {missing} may be"
+    _traces(case, loss) # The error of a loss that cannot be called is not hidden below
     idle = [k for k in names if not _changes_something(case, k)]
     assert not idle, f"other values of {idle} change nothing"
 
@@ -412,8 +413,11 @@ class Promises:
     def __repr__(self):
         kept = (self.table.result == 'kept').sum()
         return f'{self.loss.name}: {kept} promises kept, {len(self.table)-kept} with a remark'
+    def __str__(self):
+        remarks = self.table.result[self.table.result != 'kept']
+        return '\n'.join([repr(self), *(f'- {name}: {said}' for name,said in remarks.items())])
     def _repr_html_(self):
-        return f'<details><summary>{self}</summary>{self.table.to_html(border=0)}</details>'
+        return f'<details><summary>{self!r}</summary>{self.table.to_html(border=0)}</details>'
 
 def check_loss(
     loss:DiscLoss, # An instance of the loss
@@ -428,13 +432,22 @@ def check_loss(
         for f in checks:
             if only and f.__name__ not in only: continue
             try: rows.append((f.__name__, f.__doc__, f(case) or 'kept'))
-            except Exception as e: broken.append(_broken(f, e))
+            except Exception as e: broken.append((f, e))
     if broken:
         head = f"{loss} breaks {len(broken)} of {len(rows)+len(broken)} promises:"
-        raise AssertionError('\n'.join([head, *broken]))
+        raise AssertionError('\n'.join([head, *_broken(broken)]))
     table = pd.DataFrame(rows, columns=['check','promise','result']).set_index('check')
     return Promises(loss, table)
 
-def _broken(check, error):
+def _broken(found):
+    "A line for each error; checks that meet the same one share a line"
+    checks = {}
+    for check,error in found: checks.setdefault(_said(error), []).append(check)
+    for said,same in checks.items():
+        names = ', '.join(f.__name__ for f in same)
+        promise = f'promised is that it {same[0].__doc__}; but ' if len(same) == 1 else ''
+        yield f'- {names}: {promise}{said}'
+
+def _said(error):
     kind = '' if isinstance(error, AssertionError) else f'{type(error).__name__}: '
-    return f"- {check.__name__}: promised is that it {check.__doc__}; but {kind}{error}"
+    return f'{kind}{error}'

@@ -7,7 +7,7 @@ __all__ = ['own', 'few', 'tiers', 'gpu_tiers', 'Entry', 'entries', 'tensor_loade
            'run_one', 'run_study', 'of_budget', 'piece_of', 'main']
 
 # %% ../nbs/24_study.ipynb #31c2d262
-import argparse, math, pickle, time
+import argparse, math, pickle, sys, time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -400,8 +400,10 @@ def run_one(
     with claim(out/'claims'/f'{tier}-{label}-{fold}.lock') as ours:
         if not ours or key in read_results(results): return
         dls, unseen = _loaders(tier, fold, out)
-        entry = entries()[label]
-        loss, lr, wd = _setting(t, entry, dls, out/'search'/f'{tier}-{label}-{fold}')
+        entry, search = entries()[label], out/'search'/f'{tier}-{label}-{fold}'
+        if t.trials and not search.exists():
+            say(f'{tier}: {label}, fold {fold}: search of {t.trials} trials', flush=True)
+        loss, lr, wd = _setting(t, entry, dls, search)
         row = _one_run(t, entry, loss, dls, unseen, lr, wd, seed)
         setting = dict(loss=loss_label(loss), lr=lr, wd=wd, epochs=t.epochs, trials=t.trials,
                        tries=t.tries)
@@ -481,16 +483,21 @@ def main(args=None):
     parser = argparse.ArgumentParser(prog='python -m discloss.study', description=about)
     parser.add_argument('tiers', nargs='+', choices=[*tiers, 'gpu'], metavar='tier',
                         help=f"in this order: {', '.join(tiers)}; gpu: those made for a GPU")
-    parser.add_argument('--out', default='results/study', help='folder of the results')
+    parser.add_argument('--out', default='results/study',
+                        help='folder of the results (default: %(default)s)')
     parser.add_argument('--shard', type=_shard, default=(1,1),
                         help='i/n: the i-th of n parts, for several machines')
     parser.add_argument('--minutes', type=read_minutes,
-                        help='begin no run after so many minutes, shared evenly by the tiers')
+                        help='begin no search and no run after so many minutes, shared evenly '
+                             'by the tiers; what has begun is finished')
     given = parser.parse_args(args)
     if default_device().type == 'cpu': torch.set_num_threads(1)
     names = [n for t in given.tiers for n in (gpu_tiers if t == 'gpu' else [t])]
     try: make_folder(given.out)
     except OSError as e: parser.error(f'--out: {e}')
-    run_study(names, given.out, given.shard, given.minutes)
+    try: run_study(names, given.out, given.shard, given.minutes)
+    except KeyboardInterrupt:
+        sys.exit(f'\n{parser.prog}: stopped; finished runs and trials are kept in {given.out}, '
+                 'the same command goes on from there')
 
 if __name__ == '__main__' and '__file__' in globals(): main()

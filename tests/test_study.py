@@ -111,6 +111,12 @@ def test_tiers_share_the_minutes_evenly(monkeypatch, capsys, tmp_path):
     assert all(4 <= n <= 5 for n in counts) and sum(counts) <= 25
     assert 'mnist_lenetpp: 0 of 21 runs are there' in capsys.readouterr().out
 
+def test_a_study_that_is_stopped_says_so_in_a_sentence(monkeypatch, tmp_path):
+    def run(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(study, 'run_one', run)
+    with pytest.raises(SystemExit, match='stopped; finished runs and trials are kept in'):
+        study.main(['digits', '--out', str(tmp_path)])
+
 def test_time_that_a_finished_tier_leaves_goes_to_the_rest(monkeypatch, tmp_path):
     clock, done = [0.], []
     monkeypatch.setattr(study.time, 'monotonic', lambda: clock[0])
