@@ -48,7 +48,7 @@ from .losses.pedcc import PEDCCHead, from_centroid
 from .losses.pod import PODHead
 from .metric import references
 from .runs import Watch, device_name, loss_learner, versions
-from .specs import parse_loss, read_minutes
+from .specs import parse_loss, print_anything, read_minutes
 from .statistics import (holm, interval, moderated, p_differs, p_equal, paired,
                                  paired_runs)
 from .store import append_result, claim, make_folder, plain, read_results, run_key
@@ -1029,6 +1029,7 @@ def main(args=None):
     parser.add_argument('--minutes', type=read_minutes, default=math.inf,
                         help='begin no run after so many minutes')
     given, began = parser.parse_args(args), time.monotonic()
+    print_anything()
     unknown = set(given.names)-set(experiments)
     if unknown: parser.error(f"no experiment is called {', '.join(sorted(unknown))}")
     if Path(given.out).is_dir(): parser.error(f'--out: {given.out} is a folder, a file is wanted')

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fastcore.script import anno_parser
 
-from .specs import (check_arch, check_budget, did_you_mean, names_in, read_rates,
-                            read_seeds, read_specs)
+from .specs import (check_arch, check_budget, did_you_mean, names_in, print_anything,
+                            read_rates, read_seeds, read_specs)
 
 # %% ../nbs/15_command.ipynb #8bc40afb
 def discloss_compare(
@@ -104,12 +104,12 @@ def write_files(
     folder:Path, # Where its files go
 ) -> list: # Paths
     "Write the report, the table and the picture of a comparison"
-    from discloss.store import write_whole
+    from discloss.store import write_text, write_whole
     try: from discloss.report import write_report
     except ImportError: files = []
     else: files = list(write_report(cmp, folder, cmp.command))
     table = cmp._repr_markdown_()
-    write_whole(folder/'table.md', lambda part: part.write_text(table + '\n', encoding='utf-8'))
+    write_text(folder/'table.md', table + '\n')
     write_whole(folder/'comparison.png', lambda part: cmp.plot().savefig(part, dpi=120))
     return [*files, folder/'comparison.png', folder/'table.md']
 
@@ -142,6 +142,7 @@ def main(
         sys.exit(f"discloss_compare: {message}{guess and '; '+guess}")
     parser.error = error
     if args is None: args = sys.argv[1:]
+    print_anything()
     asked = vars(parser.parse_args([_underscores(a) for a in args]))
     asked = {k: v for k,v in asked.items() if k not in ('pdb','xtra')}
     try: discloss_compare(**asked)

@@ -501,8 +501,9 @@ def _check_classes(tree, folder, classes):
 
 # %% ../nbs/03_data.ipynb #84d4a3cb
 def _class_of(folder):
-    "Its name, in one form: macOS writes an é as two signs"
-    return unicodedata.normalize('NFC', folder.name)
+    "Its name: an é is one sign, not two as of macOS; bytes that are no text are spelled out"
+    name = os.fsencode(folder.name).decode(errors='backslashreplace')
+    return unicodedata.normalize('NFC', name)
 
 def _no_class(name, part):
     "Does a folder's name say that its pictures have no class?"

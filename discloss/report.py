@@ -24,7 +24,7 @@ from .comparison import measures
 from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves,
                            plot_features, plot_scores)
 from .statistics import against, keeps_up, plot_differences, winner
-from .store import write_whole
+from .store import write_text
 
 # %% ../nbs/14_report.ipynb #5c809b95
 def headline(
@@ -786,7 +786,8 @@ def _said(f):
     return P(first, cls='headline'), *rest
 
 def _links(f, sections):
-    csv = 'data:text/csv;charset=utf-8;base64,' + base64.b64encode(_csv(f.rows).encode()).decode()
+    text = _csv(f.rows).encode(errors='backslashreplace') # Names of folders need not be text
+    csv = 'data:text/csv;charset=utf-8;base64,' + base64.b64encode(text).decode()
     parts = [A(s.children[0].children[0], href=f"#{s.attrs['id']}") for s in sections]
     return *parts, A('runs.csv', href=csv, download='runs.csv')
 
@@ -808,5 +809,5 @@ def write_report(
     html = report_html(comparison, command, margin)
     texts = {'report.html': html, 'runs.csv': _csv(comparison.results)}
     for name,text in texts.items():
-        write_whole(folder/name, lambda part: part.write_text(text, encoding='utf-8'))
+        write_text(folder/name, text)
     return [folder/name for name in texts]

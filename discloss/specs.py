@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['Entry', 'settings', 'loss_index', 'loss_name', 'loss_class', 'all_losses', 'did_you_mean', 'find_loss', 'read_spec',
            'sweep', 'check_budget', 'parse_loss', 'loss_label', 'parse_entries', 'parse_losses', 'read_specs',
-           'read_seeds', 'read_minutes', 'read_rates', 'names_in', 'registered', 'check_arch']
+           'read_seeds', 'print_anything', 'read_minutes', 'read_rates', 'names_in', 'registered', 'check_arch']
 
 # %% ../nbs/10_specs.ipynb #bfa68e79
-import argparse, ast, difflib, importlib, importlib.util, itertools, math, pkgutil, re
+import argparse, ast, difflib, importlib, importlib.util, itertools, math, pkgutil, re, sys
 from collections import namedtuple
 from functools import lru_cache
 from numbers import Integral, Real
@@ -296,6 +296,10 @@ def read_seeds(
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different whole numbers, got {seeds}")
     return [int(s) for s in seeds]
+
+def print_anything():
+    "From now on what standard output cannot show, such as σ or bytes in a name, is spelled out"
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
 
 def read_minutes(
     text:str, # A number of at least 0

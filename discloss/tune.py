@@ -22,7 +22,7 @@ from .data import check_data, counted, fingerprint, image_dls
 from .plot import plot_style
 from .runs import arch_name, default_arch, default_lr, loss_learner, Watch
 from .learner import quiet
-from .specs import check_budget, loss_label, parse_loss, read_spec
+from .specs import check_budget, loss_label, parse_loss, print_anything, read_spec
 from .store import _last_byte, _lock, make_folder, run_key
 
 # %% ../nbs/23_tune.ipynb #9b107426
@@ -377,6 +377,7 @@ def discloss_tune(
     root:str=None, # Where image sets are looked for
 ):
     "Search hyper-parameters of one loss, on validation images only"
+    print_anything()
     try:
         file = make_folder(out)/f'tune_{parse_loss(loss).name}.png'
         found = tune(loss, data, n_trials, None, arch, None, epochs, seeds, lr, out, storage,

@@ -1,5 +1,5 @@
 "The command line: help, and a comparison that survives being killed. Its errors are in test_bad_input.py."
-import json, os, signal, subprocess, sys, time
+import io, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 command = [sys.executable, '-c', 'from discloss.command import main; main()']
@@ -14,6 +14,15 @@ def test_help(tmp_path):
     for option, default in dict(losses='crossentropy,center,sigma2r', data='digits', epochs='10', seeds='5', bs='64', out='discloss_out').items():
         assert f'--{option}' in text and f'(default: {default})' in text, option
     assert 'not done again' in text
+
+def test_a_terminal_need_not_know_all_signs(monkeypatch):
+    from discloss.specs import print_anything
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    for out in terminal, io.StringIO():
+        monkeypatch.setattr(sys, 'stdout', out)
+        print_anything()
+        print('σ²R', flush=True)
+    assert terminal.buffer.getvalue().split() == [rb'\u03c3\xb2R']
 
 def test_killed_and_started_again(tmp_path):
     "kill -9 in the middle: finished runs are kept to the byte, the rest is done, and the table is that of an undisturbed run"

@@ -1,5 +1,5 @@
 "Folders as people have them, pictures of every kind, files that are damaged, batches of chosen classes, fingerprints, and image sets from `DISCLOSS_DATA`."
-import os, random, shutil, socket, struct, unicodedata, warnings, zipfile, zlib
+import os, random, shutil, socket, struct, sys, unicodedata, warnings, zipfile, zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -311,6 +311,14 @@ def test_names(tmp_path):
     names = ['big cat', "d'or", 'Größe', '猫', 'a,b', 'T-shirt', 'x' * 100, '%s', '[1]']
     dls = image_dls(make(tmp_path, *names, n=3), bs=2, size=8)
     assert list(dls.vocab) == sorted(names)
+
+@pytest.mark.skipif(os.name == 'nt' or sys.platform == 'darwin', reason='names of files are text there')
+def test_names_that_are_no_text(tmp_path):
+    for name in b'caf\xe9', b'caf\xe8':
+        folder = Path(os.fsdecode(os.fsencode(tmp_path)+b'/'+name))
+        folder.mkdir()
+        for i in range(4): picture(i + 10*name[-1]).save(folder/f'{i}.png')
+    assert list(image_dls(tmp_path, bs=2, size=8).vocab) == ['caf\\xe8', 'caf\\xe9']
 
 def test_one_name_in_two_forms(tmp_path):
     for form,part in dict(NFC='train', NFD='test').items():

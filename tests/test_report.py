@@ -185,6 +185,14 @@ def test_runs_csv_is_in_the_page(tmp_path):
     inside = re.search(r'data:text/csv;charset=utf-8;base64,([\w+/=]+)', html.read_text())[1]
     assert base64.b64decode(inside).decode() == csv.read_text()
 
+def test_names_of_folders_and_images_need_not_be_text(tmp_path):
+    cmp = made_up(seeds=2, n=40)
+    for r in cmp.results: r['config']['data'] = 'caf\udce9'
+    cmp.worst['ids'] = np.array([f'caf\udce9/{i}.jpg' for i in range(6)])
+    write_report(cmp, tmp_path, 'discloss_compare --data caf\udce9')
+    assert 'caf\\udce9' in (tmp_path/'report.html').read_text(encoding='utf-8')
+    assert 'caf\\udce9' in (tmp_path/'runs.csv').read_text(encoding='utf-8')
+
 def test_nothing_to_report():
     with pytest.raises(ValueError, match='at least one finished run'): report_html(SimpleNamespace(results=[]))
 

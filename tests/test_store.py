@@ -4,7 +4,7 @@ import importlib, pickle, sys
 import pytest
 
 from discloss import store
-from discloss.store import claim, make_folder, run_key
+from discloss.store import claim, make_folder, run_key, write_text
 
 @pytest.mark.skipif(store.fcntl is None, reason='the file stays on Windows')
 @pytest.mark.parametrize('another', [False, True])
@@ -32,6 +32,10 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     for way in file, file/'more'/'still':
         with pytest.raises(NotADirectoryError, match=f'{way} must be a folder, but a file is in the way'): make_folder(way)
     assert make_folder(tmp_path/'a'/'b').is_dir()
+
+def test_text_may_hold_the_name_of_any_file(tmp_path):
+    write_text(tmp_path/'a', 'σ caf\udce9')
+    assert (tmp_path/'a').read_text(encoding='utf-8') == 'σ caf\\udce9'
 
 @pytest.fixture
 def key(tmp_path, monkeypatch):
