@@ -300,7 +300,8 @@ def cost(
     file=None, # See step_costs
 ) -> str: # A sentence; empty if it was not measured
     "What a step of a loss costs"
-    if label == 'crossentropy': return 'The costs of all other losses are relative to cross-entropy.'
+    if label == 'crossentropy':
+        return 'The costs of all other losses are relative to cross-entropy.'
     rows = step_costs(file)
     rows = rows[rows.loss == label].set_index('classes')
     for classes in (c for c in (1000, 500) if c in rows.index):
