@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from matplotlib.lines import Line2D
 
 from .data import counted
 from .plot import (class_styles, loss_style, plot_curves, plot_features, plot_scores,
                            plot_style)
-from .statistics import keeps_up, winner
+from .statistics import against, keeps_up, winner
 from .store import read_results, write_whole
 
 # %% ../nbs/13_comparison.ipynb #758692dd
@@ -36,9 +37,9 @@ def _mean_std(v, fmt):
     return format(v.mean(), fmt) + (f' ± {format(v.std(ddof=1), fmt)}' if len(v) > 1 else '')
 
 def _markdown(df):
-    names = [str(k).replace('|', '\\|').replace('\n', ' ') for k in df.index]
-    rows = [[df.index.name, *df.columns], ['---']*(len(df.columns)+1)]
-    rows += [[k, *v] for k,v in zip(names, df.values)]
+    def safe(names): return [str(k).replace('|', '\\|').replace('\n', ' ') for k in names]
+    rows = [[df.index.name, *safe(df.columns)], ['---']*(len(df.columns)+1)]
+    rows += [[k, *v] for k,v in zip(safe(df.index), df.values)]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
 def _join(items): return ', '.join(map(str, items))
@@ -76,6 +77,10 @@ class Comparison:
             return math.nan if r is None else r
         return [get(r) for r in self.of(label)]
 
+    @property
+    def n_seeds(self) -> int: # Of all losses together
+        "The number of seeds"
+        return len({r['config']['seed'] for r in self.results})
     @property
     def outputs(self) -> dict: # Label -> one dict for each seed: targ, pred, conf, prob and feats
         "What the networks said about each test image"
@@ -132,9 +137,14 @@ class Comparison:
         index = [k + ' (did not learn)'*(k in self.troubles) for k in self.labels]
         return pd.DataFrame(cols, index=pd.Index(index, name='loss'))
 
+    def _tables(self): return [self.table()] + [self.compared()]*_has_verdicts(self)
     def _repr_markdown_(self):
-        return _markdown(self.table()) + '\n\n' + self.summary().replace('\n', '  \n')
-    def __repr__(self): return f'{self.table().to_string()}\n\n{self.summary()}'
+        parts = [*map(_markdown, self._tables()), self.summary().replace('\n', '  \n')]
+        return '\n\n'.join(parts)
+    def __repr__(self):
+        return '\n\n'.join([*(t.to_string() for t in self._tables()), self.summary()])
+
+def _has_verdicts(cmp): return len(cmp.labels) > 1 and cmp.n_seeds > 1
 
 # %% ../nbs/13_comparison.ipynb #e97833b2
 def _data_line(config):
@@ -167,16 +177,19 @@ def _versions_line(rows):
     return _join(f"{k} {' and '.join(sorted(set(v)))}" for k,v in found.items())
 
 def _legend(cmp):
-    "What the marks of the table stand for; the star where there is one"
+    "What the tables show; the star where there is one"
     several = any(len(cmp.of(k)) > 1 for k in cmp.labels)
     spread = 'mean ± standard deviation over seeds' if several else 'each number is one run'
     star = ('; * better than every other loss by more than the noise (paired t-test over '
             'seeds, p < 0.05); losses of far lower accuracy do not count')
-    return spread + star*any(cmp.starred(path) for path in measures)
+    yield spread + star*any(cmp.starred(path) for path in measures)
+    if _has_verdicts(cmp): yield _about_verdicts
+    elif len(cmp.labels) > 1: yield 'one seed gives no verdict: run at least three'
+
+_about_verdicts = ('differences are in points of test accuracy, paired by seed; verdicts are '
+                   'corrected for the number of losses (Holm); equivalent: surely less than 0.3 points apart')
 
 # %% ../nbs/13_comparison.ipynb #81713c71
-from fastcore.basics import patch
-
 @patch
 def summary(self:Comparison) -> str:
     "What the numbers stand for: data, network, budget, seeds, devices, versions, failures"
@@ -185,8 +198,83 @@ def summary(self:Comparison) -> str:
     lines = [f"{_data_line(rows[0]['config'])}; {_network_line(rows[0]['config'])}; "
              f"{_budget_line(rows)}",
              f"on {' and '.join(sorted({r['device'] for r in rows}))}; {_versions_line(rows)}",
-             f"seconds to train once: {seconds}", _legend(self), *self.troubles.values()]
+             f"seconds to train once: {seconds}", *_legend(self), *self.troubles.values()]
     return '\n'.join(lines)
+
+# %% ../nbs/13_comparison.ipynb #7c1e40a3
+@patch(as_prop=True)
+def failed(self:Comparison) -> dict: # Label -> why
+    "The losses with a run that did not learn"
+    accs = {k: self.values(k, 'test', 'accuracy') for k in self.labels}
+    best = max((v for a in accs.values() for v in a if math.isfinite(v)), default=0.)
+    chance, n = _chance(self)
+    res = {}
+    for k,a in accs.items():
+        said = [r['trouble'] for r in self.of(k) if r.get('trouble')]
+        bad = [v for v in a if not keeps_up(v, best, chance, n, share=.2)]
+        if not said and not bad: continue
+        res[k] = 'did not learn'
+        if len(a) > 1: res[k] += f' in {max(len(said), len(bad))} of {len(a)} runs'
+        if said: res[k] += f': {_reason(said[0], k)}'
+    return res
+
+def _chance(cmp):
+    "What guessing gives, and the number of test images"
+    runs = [o for v in cmp.outputs.values() for o in v]
+    if runs:
+        n = len(runs[0]['targ'])
+        return np.bincount(runs[0]['targ']).max()/n, n
+    return 1/len(cmp.vocab or [0,1]), (cmp.results[0]['config'].get('n') or [None])[-1]
+
+def _reason(sentence, label):
+    "What went wrong, without the name and what was said before"
+    return sentence.removeprefix(label).strip().removeprefix('did not learn, ')
+
+# %% ../nbs/13_comparison.ipynb #7c1e40a5
+@patch(as_prop=True)
+def by_image(self:Comparison) -> bool: # False with one seed
+    "Are the answers of all runs stored, so that verdicts count the noise of test images?"
+    failed, outputs = self.failed, self.outputs
+    fine = [k for k in self.labels if k not in failed]
+    return self.n_seeds > 1 and all(len(outputs[k]) == len(self.of(k)) for k in fine)
+
+@patch
+def verdicts(self:Comparison,
+    margin:float=0.003, # What counts as equivalent: 0.003 is 0.3 points of accuracy
+) -> pd.DataFrame: # A row for each loss, the most accurate first; `status` may also be 'failed'
+    "Each loss that learned against the reference, see `against`"
+    failed, outputs, by_image = self.failed, self.outputs, self.by_image
+    def scores(k):
+        accs = self._by_seed(k, 'test', 'accuracy')
+        if not by_image: return accs
+        return {s: o['pred'] == o['targ'] for s,o in zip(accs, outputs[k])}
+    fine = {k: scores(k) for k in self.labels if k not in failed}
+    columns = ['mean','seeds','difference','low','high','status','verdict']
+    table = against(fine, margin=margin)[columns] if fine else pd.DataFrame(columns=columns)
+    for k,why in failed.items():
+        accs = [v for v in self.values(k, 'test', 'accuracy') if math.isfinite(v)]
+        mean = np.mean(accs) if accs else math.nan
+        table.loc[k] = [mean, len(accs), math.nan, math.nan, math.nan, 'failed', why.split(':')[0]]
+    return table.sort_values('mean', ascending=False, na_position='last')
+
+# %% ../nbs/13_comparison.ipynb #7c1e40a7
+@patch
+def compared(self:Comparison) -> pd.DataFrame: # A row for each loss but the reference; text
+    "Each loss against the reference: the difference in points, its 95% interval, the verdict"
+    table = self.verdicts()
+    ref = ''.join(f' to {k}' for k in table.index[table.status == 'reference'])
+    table = table[table.status != 'reference']
+    ends = [_interval(r) for r in table.itertuples()]
+    cols = {f'difference{ref}': [_signed(v) for v in table.difference],
+            '95% interval': ends, 'verdict': table.verdict}
+    return pd.DataFrame(cols, index=pd.Index(table.index, name='loss'))
+
+def _signed(x):
+    if not math.isfinite(x): return ''
+    return '0.00' if abs(x) < 5e-5 else f'{100*x:+.2f}'.replace('-', '−')
+
+def _interval(row):
+    return f'{_signed(row.low)} to {_signed(row.high)}' if math.isfinite(row.low) else ''
 
 # %% ../nbs/13_comparison.ipynb #bcca376f
 @patch

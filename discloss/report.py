@@ -20,10 +20,10 @@ from matplotlib.colors import to_hex
 from matplotlib.markers import MarkerStyle
 from PIL import Image
 
-from .comparison import measures
+from .comparison import _signed, measures
 from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves,
                            plot_features, plot_scores)
-from .statistics import against, keeps_up, plot_differences, winner
+from .statistics import keeps_up, plot_differences, winner
 from .store import write_text
 
 # %% ../nbs/14_report.ipynb #5c809b95
@@ -35,12 +35,12 @@ def headline(
     group = {s: list(t.index) for s,t in table.groupby('status', sort=False)}
     fine = table[table.status != 'failed'].sort_values('mean', ascending=False)
     if not len(fine): return ["No loss learned."]
-    best, seeds = fine.index[0], int(fine.seeds.min())
+    seeds = int(fine.seeds.min())
     ref = _spoken(group['reference'][0])
     others = len(fine)-1
-    right = f"{_spoken(best)} is right for {fine['mean'][best]:.1%} of the test images"
-    if not others: first = right + f", on average over {_count(seeds, 'seed')}"*(seeds > 1) + '.'
-    elif seeds < 3: first = right.replace(' is right', ' is right most often,', 1) + '.'
+    over = f", on average over {_count(seeds, 'seed')}"
+    if not others: first = _right(fine) + over*(seeds > 1) + '.'
+    elif seeds < 3: first = _right(fine) + '.'
     elif 'better' in group: first = _better(table.loc[group['better']], ref)
     elif len(group.get('equivalent', [])) == others:
         first = f"No difference: every loss is equivalent to {ref} within {_points(margin)}."
@@ -56,6 +56,14 @@ def headline(
         found = {what: group[s] for what,s in said.items() if s in group}
         more = [f"{what}: {_list(map(_spoken, names))}." for what,names in found.items()]
     return [re.sub('^cross', 'Cross', first), *more]
+
+def _right(fine):
+    "Who is right most often; all that tie"
+    best = fine['mean'].iloc[0]
+    top = [_spoken(k) for k,v in fine['mean'].items() if math.isclose(v, best)]
+    verb = 'is right' if len(top) == 1 else 'are right'
+    if len(fine) > 1: verb += ' equally often,' if len(top) == len(fine) else ' most often,'
+    return f"{_list(top)} {verb} for {best:.1%} of the test images"
 
 def _spoken(k): return 'cross-entropy' if k == 'crossentropy' else str(k)
 
@@ -97,8 +105,8 @@ class Findings:
         self.targ = np.asarray(runs[0]['targ']) if runs else None
         self.feats = dict(getattr(comparison, 'feats', None) or {})
         self.vocab = self._vocab(getattr(comparison, 'vocab', None))
-        self.failed = self._failed()
-        self.table = self._table()
+        self.failed, self.by_image = comparison.failed, comparison.by_image
+        self.table = comparison.verdicts(margin)
 
     def _by_seed(self, label, found):
         "What a loss answered for each test image, by seed, where no run is missing"
@@ -119,47 +127,6 @@ def _get(r, path):
     return r if isinstance(r, (int,float)) else math.nan
 
 def _finite(values): return [v for v in values if math.isfinite(v)]
-
-# %% ../nbs/14_report.ipynb #dc108463
-@patch
-def _failed(self:Findings):
-    "Entry -> why it did not learn"
-    accs = {k: self.values(k, 'test', 'accuracy') for k in self.labels}
-    best = max(_finite(v for a in accs.values() for v in a.values()), default=0.)
-    chance, n = 1/len(self.vocab), (self.rows[0]['config'].get('n') or [None])[-1]
-    if self.targ is not None:
-        n = len(self.targ)
-        chance = np.bincount(self.targ).max()/n
-    res = {}
-    for k,a in accs.items():
-        said = [r['trouble'] for r in self.rows if r['label'] == k and r.get('trouble')]
-        bad = [s for s,v in a.items() if not keeps_up(v, best, chance, n, share=.2)]
-        if not said and not bad: continue
-        res[k] = 'did not learn'
-        if len(a) > 1: res[k] += f' in {max(len(said), len(bad))} of {len(a)} runs'
-        if said: res[k] += f': {_reason(said[0], k)}'
-    return res
-
-def _reason(sentence, label):
-    "What went wrong, without the name and what was said before"
-    return sentence.removeprefix(label).strip().removeprefix('did not learn, ')
-
-# %% ../nbs/14_report.ipynb #e510e56e
-@patch
-def _table(self:Findings):
-    "Verdicts of the losses that learned; the others are 'failed'"
-    fine = [k for k in self.labels if k not in self.failed]
-    stored = all(len(self.outputs[k]) == len(self.values(k, 'seconds')) for k in fine)
-    self.by_image = stored and len(self.seeds) > 1
-    def right(k): return {s: o['pred'] == o['targ'] for s,o in self.outputs[k].items()}
-    scores = {k: right(k) if self.by_image else self.values(k, 'test', 'accuracy') for k in fine}
-    columns = ['mean','seeds','difference','low','high','status','verdict']
-    table = against(scores, margin=self.margin)[columns] if fine else pd.DataFrame(columns=columns)
-    for k,why in self.failed.items():
-        accs = _finite(self.values(k, 'test', 'accuracy').values())
-        mean = np.mean(accs) if accs else math.nan
-        table.loc[k] = [mean, len(accs), math.nan, math.nan, math.nan, 'failed', why.split(':')[0]]
-    return table.sort_values('mean', ascending=False, na_position='last')
 
 # %% ../nbs/14_report.ipynb #2fb9f526
 @patch
@@ -291,8 +258,6 @@ def _gap(row):
     if not math.isfinite(row.low): return _cell(text, row.difference)
     ends = Small(f' {_signed(row.low)} to {_signed(row.high)}')
     return _cell((text, Br(), ends), row.difference)
-
-def _signed(x): return f'{100*x:+.2f}'.replace('-', '−')
 
 def _median(values, fmt):
     v = _finite(values)

@@ -8,10 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
+from discloss.comparison import Comparison
 from discloss.report import *
 from discloss.statistics import against
 
 nasty = '<img src=x onerror=alert(1)> & "quoted" | $x_1$ \'</script><script>document.title="owned"</script>'
+
+class MadeUp(Comparison):
+    outputs = feats = None # By loss, whatever was stored
 
 def made_up(n_classes=4, losses=('crossentropy','center','arcface'), seeds=5, n=200, vocab=None, gains={}, broken=(), outputs=True, feats=True,
             worst=True, test_set='test', epochs=3):
@@ -34,7 +38,10 @@ def made_up(n_classes=4, losses=('crossentropy','center','arcface'), seeds=5, n=
             outs[l].append(dict(targ=targ.astype(np.int32), pred=pred.astype(np.int32)))
         fs[l] = torch.randn(n, 5), torch.as_tensor(targ)
     images = dict(index=np.argsort(-hard)[:6], images=rng.integers(0, 255, (6,8,8,3)).astype(np.uint8), ids=np.array([f'cats/{i}.jpg' for i in range(6)]))
-    return SimpleNamespace(results=rows, vocab=vocab, feats=fs if feats else {}, outputs=outs if outputs else {}, worst=images if worst else None, command='discloss_compare --data photos')
+    res = MadeUp(rows, vocab=vocab, worst=images if worst else None, command='discloss_compare --data photos')
+    res.outputs = outs if outputs else {l: [] for l in losses}
+    res.feats = fs if feats else {}
+    return res
 
 class Page(HTMLParser):
     "Tags, attributes and text of a page"
@@ -179,6 +186,29 @@ def test_headlines(status, first): assert sentences(status)[0] == first
 def test_headline_of_one_seed():
     first, second = sentences(dict(center=('not decided',.01)), seeds=1)
     assert first == 'center is right most often, for 96.0% of the test images.' and second == 'One seed cannot tell a difference from noise; run at least three.'
+
+def test_all_that_tie_are_named():
+    tied = dict(center=('not decided',.01), sigma2r=('not decided',.01))
+    assert sentences(tied, seeds=1)[0] == 'center and sigma2r are right most often, for 96.0% of the test images.'
+    same = dict(center=('not decided',0.), sigma2r=('not decided',0.))
+    assert sentences(same, seeds=2)[0] == 'Cross-entropy, center and sigma2r are right equally often, for 95.0% of the test images.'
+
+def test_terminal_and_page_have_the_same_verdicts():
+    cmp = made_up(losses=('crossentropy','center','arcface','nllr'), gains=dict(center=.05, nllr=-.05), broken=('arcface',))
+    page, said = Findings(cmp).table, cmp.compared()
+    assert said.verdict.to_dict() == page.verdict[page.status != 'reference'].to_dict()
+    assert said.verdict.to_dict() == dict(center='better', nllr='worse', arcface='did not learn in 5 of 5 runs')
+    low, high = said['95% interval']['center'].replace('−', '-').split(' to ')
+    gap = float(said['difference to crossentropy']['center'])
+    assert float(low) < gap < float(high) and gap == pytest.approx(100*page.difference['center'], abs=.005)
+    for text in repr(cmp), cmp._repr_markdown_(): assert all(v in text for v in said.verdict)
+
+def test_one_seed_has_no_verdict_and_says_so():
+    one = made_up(seeds=1)
+    assert 'one seed gives no verdict' in repr(one) and 'interval' not in repr(one)
+    assert 'one seed' not in repr(made_up(seeds=2)) and 'at least 3 seeds needed' in repr(made_up(seeds=2))
+    alone = repr(made_up(losses=('center',), seeds=1))
+    assert 'verdict' not in alone
 
 def test_runs_csv_is_in_the_page(tmp_path):
     html, csv = write_report(made_up(), tmp_path)
