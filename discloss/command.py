@@ -48,7 +48,7 @@ def discloss_compare(
     device:str=None, # For example cpu or cuda:0; default: the GPU if there is one
     threads:int=None, # CPU threads; default: what suits the size of the network
     # Folder for results.jsonl, report.html, table.md and comparison.png; finished runs in
-    # it are not done again
+    # it are not done again, and another comparison in it goes to comparison-2, -3, ...
     out:str='discloss_out',
     report:str=None, # Make the report of this folder anew from its results, and train nothing
 ):
@@ -67,9 +67,11 @@ def discloss_compare(
                       pretrained=pretrained or None, weights=weights, n_threads=threads,
                       command=command_line(asked), root=root, **more)
         folder = place(cmp, out)
-        print('\n'.join(['', cmp.table().to_string(), '', cmp.summary()]))
+        print(f'\n{cmp}\n')
+        if folder != Path(out):
+            print(f'{out} holds another comparison, so this one goes to {folder}')
         files = write_files(cmp, folder)
-    print(f"\nwritten: {', '.join(map(str, files))}")
+    print(f"written: {', '.join(map(str, files))}")
 
 # %% ../nbs/15_command.ipynb #f0dabecc
 def _note(message, *args, **kwargs): print(f'note: {message}', file=sys.stderr, flush=True)
@@ -105,6 +107,7 @@ def write_files(
 ) -> list: # Paths
     "Write the report, the table and the picture of a comparison"
     from discloss.store import write_text, write_whole
+    print(f'writing the report in {folder} ...', flush=True)
     try: from discloss.report import write_report
     except ImportError: files = []
     else: files = list(write_report(cmp, folder, cmp.command))

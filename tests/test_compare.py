@@ -527,7 +527,9 @@ def test_nothing_of_an_earlier_comparison_is_overwritten(tmp_path, run):
     code = "from discloss.command import main\nmain([{}'--epochs', '1', '--seeds', '1', '--n-train', '128', '--out', 'o'])"
     run(code.format("'--losses', 'crossentropy', "), cwd=tmp_path)
     first = {p: p.read_bytes() for p in (tmp_path/'o').iterdir() if p.is_file() and p.name != 'results.jsonl'}
-    run(code.format(''), cwd=tmp_path)
+    told = run(code.format(''), cwd=tmp_path)
+    where = Path('o/comparison-2')
+    assert f'o holds another comparison, so this one goes to {where}' in told and f'writing the report in {where} ...' in told
     assert first and all(p.read_bytes() == b for p,b in first.items()) and (tmp_path/'o'/'comparison-2'/'table.md').is_file()
     run(code.format(''), cwd=tmp_path)
     assert not (tmp_path/'o'/'comparison-3').exists()
