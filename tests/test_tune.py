@@ -1,20 +1,24 @@
 "A search that is cut off goes on as if it had not been: nothing is lost, nothing is tried twice."
-import dataclasses, time
+import dataclasses, re, time
 from functools import partial
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from discloss import tune as module
 from discloss.bodies import small_body
+from discloss.command import main, tune_main
 from discloss.core import Choice, DiscLoss, Number
 from discloss.data import image_dls
 from discloss.losses.center import CenterLoss
 from discloss.losses.cosface import CosFaceLoss
 from discloss.losses.cross_entropy import CrossEntropy
 from discloss.metric import AnyPML, FocalLoss, LogitAdjustedLoss, references
-from discloss.specs import all_losses, loss_label
+from discloss.specs import all_losses, loss_label, parse_entries
 from discloss.tune import _defaults, search_space, tune
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def search(tmp_path, monkeypatch):
         return 1 - abs(trial.params['lr'] - 0.004)
     monkeypatch.setattr(module, '_score', score)
     def search(n=6, **kwargs):
-        return tune('center', dls, n, arch=partial(small_body, width=4), out=tmp_path, show=False, **kwargs)
+        return tune('center', dls, n, arch=partial(small_body, width=4), out=tmp_path, **{'show': False, **kwargs})
     search.calls, search.cut, search.error = calls, None, KeyboardInterrupt()
     return search
 
@@ -155,6 +159,15 @@ def test_what_the_text_sets_stays_fixed(loss, names, searched, digits, monkeypat
     assert set(found.space) == searched
     if 'alpha' not in searched and loss != 'center': assert found.loss.alpha == 0.1
 
+@pytest.mark.parametrize('loss, names, searched', [
+    ('crossentropy', None, set()), (CrossEntropy(), None, set()), ('labelsmoothing', None, {'label_smoothing'}), ('Label-Smoothing', (), set()),
+    ('labelsmoothing(label_smoothing=0.2)', None, set()), (CrossEntropy(0.1), None, {'label_smoothing'}), ('crossentropy', ['label_smoothing'], {'label_smoothing'})])
+def test_plain_cross_entropy_has_no_label_smoothing(loss, names, searched, digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    found = tune(loss, digits, 3, names, show=False)
+    assert set(found.space) == searched
+    if not searched and loss == 'crossentropy': assert found.loss.label_smoothing == 0
+
 def test_the_sentence_counts_what_was_done(search):
     search(8)
     assert '8 trials of 1 seed' in search(2).conditions
@@ -171,11 +184,25 @@ lines = [CenterLoss(alpha=.07), CrossEntropy(label_smoothing=.1), CrossEntropy(w
 def test_the_line_makes_the_loss(loss, names, digits, monkeypatch):
     monkeypatch.setattr(module, '_score', lambda *args: 1.)
     found = tune(loss, digits, 2, names, show=False)
-    code = found.line().partition('; learn')[0]
+    code, _, fit = found.line().partition('; learn.')
+    assert fit == f'fit_one_cycle(10, {found.lr:.3g}, wd={found.wd:.3g})'
     known = dict(AnyPML=AnyPML, FocalLoss=FocalLoss, LogitAdjustedLoss=LogitAdjustedLoss)
     made = eval(code, known | {type(loss).__name__: type(loss)})
     for k,v in found.loss.hparams.items():
         if isinstance(v, float): assert made.hparams[k] == pytest.approx(v, rel=6e-3)
+        else: assert made.hparams[k] == v
+
+losses = [CrossEntropy(weight=[1.]*9+[9.]), CosFaceLoss('auto'), CosFaceLoss(reduction='sum'), *(cls() for cls in all_losses().values())]
+
+@pytest.mark.parametrize('loss', losses, ids=loss_label)
+def test_the_spec_makes_the_loss(loss, digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    found = tune(loss, digits, 2, show=False)
+    ((made, fit),) = parse_entries(found.spec()).values()
+    assert fit == pytest.approx(dict(lr=found.lr, wd=found.wd), rel=6e-3)
+    for k,v in found.loss.hparams.items():
+        if isinstance(v, float): assert made.hparams[k] == pytest.approx(v, rel=6e-3)
+        elif torch.is_tensor(v): assert made.hparams[k].equal(v)
         else: assert made.hparams[k] == v
 
 def test_the_line_leaves_out_defaults(digits, monkeypatch):
@@ -220,14 +247,101 @@ def test_a_lock_file_that_was_left_stops_nobody(search, tmp_path, monkeypatch):
     monkeypatch.setattr(time, 'sleep', sleep)
     search(2)
 
+# The picture
+
+def check_numbers(ax):
+    ax.figure.canvas.draw()
+    low, high = ax.get_xlim()
+    shown = [t for t in ax.get_xticklabels(which='both') if t.get_text() and low <= t.get_position()[0] <= high]
+    boxes = sorted((t.get_window_extent() for t in shown), key=lambda b: b.x0)
+    assert 2 <= len(boxes) <= 5, (ax.get_xlabel(), low, high)
+    assert all(a.x1+2 < b.x0 for a,b in zip(boxes, boxes[1:])), (ax.get_xlabel(), low, high)
+    assert not any('$' in t.get_text() for t in shown)
+
+@pytest.mark.parametrize('loss, n', [('center', 1), ('center', 12), ('sosoftmax', 8), ('cosface', 12), ('sigma2r', 6)])
+def test_the_numbers_below_an_axis_do_not_touch(loss, n, digits, monkeypatch):
+    monkeypatch.setattr(module, '_score', lambda optuna, trial, *args: trial.params['lr'])
+    fig = tune(loss, digits, n, show=False).plot()
+    for ax in fig.axes: check_numbers(ax)
+
+def test_every_logarithmic_axis_has_a_few_numbers():
+    rng = np.random.default_rng(0)
+    for low,ratio in zip(10**rng.uniform(-5, 0, 60), 10**rng.uniform(.05, 3.5, 60)):
+        fig, ax = plt.subplots(figsize=(2.6, 2.6), layout='constrained')
+        ax.plot([low, low*ratio], [0, 1])
+        module._few_ticks(ax)
+        check_numbers(ax)
+        plt.close(fig)
+
+# Trained weights
+
+def test_weights_are_fine_tuned_as_in_a_comparison(tmp_path, digits):
+    torch.save(small_body(n_in=1, width=4).state_dict(), tmp_path/'a.pth')
+    how = dict(arch=partial(small_body, width=4), epochs=1, show=False, out=tmp_path)
+    tuned, plain = tune('center', digits, 1, (), weights=tmp_path/'a.pth', **how), tune('center', digits, 1, (), **how)
+    assert 'learn.fine_tune(1, 0.002, wd=0.01)' in tuned.line() and 'learn.fit_one_cycle(1, 0.01, wd=0.01)' in plain.line()
+    assert tuned.key != plain.key
+
+# The command
+
 def test_the_command_says_what_it_found_before_it_draws(tmp_path, monkeypatch, capsys):
     def draw(self): raise OSError('no room')
     monkeypatch.setattr(module, '_score', lambda *args: 1.)
     monkeypatch.setattr(module.Tuned, 'plot', draw)
     out = tmp_path/'new'/'folder'
-    options = dict(n_trials=1, n_train=100, out=str(out), storage=f'sqlite:///{tmp_path}/a.db')
-    with pytest.raises(SystemExit, match='discloss_tune: no room'): module.discloss_tune('center', **options)
+    args = ['center', '--n-trials', '1', '--n_train', '100', '--out', str(out), '--storage', f'sqlite:///{tmp_path}/a.db']
+    with pytest.raises(SystemExit, match='discloss_tune: no room'): tune_main(args)
     assert 'validation accuracy 1.0000: CenterLoss(' in capsys.readouterr().out
     monkeypatch.undo()
-    module.discloss_tune('center', **options)
-    assert (out/'tune_center.png').is_file()
+    tune_main(args)
+    assert len(list(out.glob('tune_center_*.png'))) == 1
+
+def test_the_command_counts_on_and_keeps_the_pictures_of_other_searches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, '_score', lambda *args: 1.)
+    def said(*args):
+        tune_main(['crossentropy', '--n_train', '100', '--out', str(tmp_path), *args])
+        return capsys.readouterr().out
+    first, more, other = said('--n_trials', '2'), said('--n_trials', '3'), said('--n_trials', '1', '--bs', '10')
+    assert 'trial 1 of 2' in first and 'trial 2 of 2' in first
+    assert '2 of 3 trials are there already' in more and 'trial 3 of 3' in more and 'trial 1' not in more
+    assert "for discloss_compare: --losses 'crossentropy(lr=0.01, wd=0.01)'" in other
+    pictures = [re.search(r'written: (.*)', o)[1] for o in (first, more, other)]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert len(list(tmp_path.glob('tune_*.png'))) == 2
+
+def test_a_terminal_sees_a_bar(search, monkeypatch, capsys):
+    monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
+    search(2)
+    capsys.readouterr()
+    search(3, show=True)
+    said = capsys.readouterr().out
+    assert '2 of 3 trials are there already' in said and 'center: trial 3 of 3, best' in said
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for c in 'ab':
+        (tmp_path/'pictures'/c).mkdir(parents=True)
+        for i in range(24): Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(tmp_path/'pictures'/c/f'{i}.png')
+    return tmp_path/'pictures'
+
+@pytest.mark.parametrize('call, first', [(tune_main, ['cosface', '--n_trials', '1']), (main, ['--losses', 'cosface', '--seeds', '1'])])
+def test_advice_can_be_followed_in_both_commands(call, first, pictures, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr('warnings.filters', [])
+    args = [*first, '--data', str(pictures), '--arch', 'small_body', '--epochs', '1', '--size', '16', '--out', str(tmp_path/'out')]
+    with pytest.raises(SystemExit, match=r'give bs=\d+') as e: call(args)
+    args += ['--bs', re.search(r'give bs=(\d+)', str(e.value))[1]]
+    (pictures/'a'/'3.png').write_bytes(b'broken')
+    with pytest.raises(SystemExit, match='skip_bad=True'): call(args)
+    call([*args, '--skip-bad'])
+    said = capfd.readouterr()
+    assert 'note: ' in said.err and '3.png is not an image' in said.err
+    assert 'written: ' in said.out
+
+@pytest.mark.parametrize('args, says', [
+    (['arcfase'], "did you mean 'arcface'"), (['center', '--bsize', '3'], "did you mean '--size'"), (['center', '--n-trials', '0'], 'at least 1'),
+    (['center(lr=0.1)'], 'lr of a loss is said in a comparison only'), (['center', '--data', 'cifra10'], "did you mean 'cifar10'"),
+    (['center', '--arch', 'resnet_34'], "did you mean 'resnet34'"), ([], 'required: loss'), (['center', '--lr', 'find'], 'lr')])
+def test_a_typo_is_answered(args, says, monkeypatch):
+    monkeypatch.setattr(module, 'tune', None)
+    with pytest.raises(SystemExit, match=re.escape(says)): tune_main(args)
