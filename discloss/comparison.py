@@ -187,7 +187,8 @@ def _legend(cmp):
     elif len(cmp.labels) > 1: yield 'one seed gives no verdict: run at least three'
 
 _about_verdicts = ('differences are in points of test accuracy, paired by seed; verdicts are '
-                   'corrected for the number of losses (Holm); equivalent: surely less than 0.3 points apart')
+                   'corrected for the number of losses (Holm); '
+                   'equivalent: surely less than 0.3 points apart')
 
 # %% ../nbs/13_comparison.ipynb #81713c71
 @patch

@@ -238,18 +238,20 @@ def _sortable(heads, rows, cls=''):
 
 # %% ../nbs/14_report.ipynb #a668b137
 def _spread(values, fmt, scale=1):
-    "Text, and the mean for sorting"
+    "Mean and deviation as text, and the mean for sorting"
     v = scale*np.array(list(values), float)
-    if not np.isfinite(v).all(): return 'not finite', None
+    if not np.isfinite(v).all(): return 'not finite', '', None
     sd = f' ± {v.std(ddof=1):{fmt}}' if len(v) > 1 else ''
-    return f'{v.mean():{fmt}}{sd}', v.mean()
+    return f'{v.mean():{fmt}}', sd, v.mean()
 
 def _measure(f, label, path, wins):
     name,fmt,_ = measures[path]
     form = ('.2f',100) if 'accuracy' in name else (fmt,1)
-    text,value = _spread(f.values(label, *path).values(), *form)
+    text,sd,value = _spread(f.values(label, *path).values(), *form)
     star = Span(' ★', title='better than every other loss by more than the noise')
-    return _cell((text,star) if wins.get(path) == label else text, value)
+    best = (star,) if wins.get(path) == label else ()
+    spread = (Br(), Small(sd)) if sd else ()
+    return _cell((text, *best, *spread), value)
 
 def _gap(row):
     "The difference to the reference with its interval, in points"
@@ -526,10 +528,10 @@ def _method(f, wins):
 # %% ../nbs/14_report.ipynb #0a4ac4cd
 _css = '''
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --muted: #5a626c; --line: #dfe3e8;
-        --card: #f5f6f8; --accent: #0a5fc2; --good: #17713a; --bad: #b3261e }
+        --card: #f5f6f8; --accent: #0a5fc2; --good: #17713a; --bad: #b3261e; --edge: #0003 }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16181c; --ink: #e4e7eb; --muted: #a3abb5; --line: #363b43;
-          --card: #1e2126; --accent: #74b3ff; --good: #6fcf8e; --bad: #ff8a80 }
+          --card: #1e2126; --accent: #74b3ff; --good: #6fcf8e; --bad: #ff8a80; --edge: #fff4 }
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -548,8 +550,10 @@ nav { margin-top: .6rem }
 nav a { color: var(--accent); margin-right: 1em; display: inline-block; padding: .2rem 0 }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 
-/* tables */
-.wide { overflow-x: auto; max-width: 100% }
+/* tables; a shadow says that there is more to the right */
+.wide { overflow-x: auto; max-width: 100%;
+  background: linear-gradient(to left, var(--paper) 50%, transparent) right/40px 100% no-repeat local,
+              linear-gradient(to left, var(--edge), transparent) right/18px 100% no-repeat }
 .tall { max-height: 70vh; overflow-y: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .55rem; border-bottom: 1px solid var(--line);

@@ -228,6 +228,24 @@ def test_nothing_to_report():
 
 browser = shutil.which('chromium') or shutil.which('google-chrome')
 
+def seen(html, probe, tmp_path, width=500):
+    "What a script finds in a page"
+    text = html.read_text().replace('<head>', '<head><script>const errors=[]; onerror=e=>errors.push(String(e))</script>', 1).replace('</body>', probe+'</body>')
+    (tmp_path/'probe.html').write_text(text)
+    args = ['--headless','--no-sandbox','--disable-gpu','--disable-quic','--no-first-run','--disable-background-networking','--disable-component-update','--disable-sync',
+            f'--user-data-dir={tmp_path/"profile"}',f'--window-size={width},900','--dump-dom', (tmp_path/'probe.html').as_uri()]
+    out = subprocess.run([browser, *args], capture_output=True, text=True, timeout=120).stdout
+    return json.loads(re.search(r'GOT(.*?)END', out)[1].replace('&lt;','<').replace('&gt;','>').replace('&amp;','&'))
+
+@pytest.mark.skipif(browser is None, reason='no Chromium')
+def test_the_table_of_results_fits_a_screen(tmp_path):
+    html, _ = write_report(made_up(losses=('crossentropy','center','sigma2r'), gains=dict(center=.05)), tmp_path)
+    probe = """<script>
+    const box=document.querySelector('#results .wide'), got={room:box.clientWidth, need:box.scrollWidth};
+    document.body.innerHTML=''; document.body.append('GOT'+JSON.stringify(got)+'END');</script>"""
+    got = seen(html, probe, tmp_path, width=1400)
+    assert got['need'] <= got['room'] > 1000
+
 @pytest.mark.skipif(browser is None, reason='no Chromium')
 def test_the_page_in_a_browser(tmp_path):
     "Sorting, the legend and the matrix work; nothing is wider than a phone; no error"
@@ -245,12 +263,7 @@ def test_the_page_in_a_browser(tmp_path):
     got.letters=Math.min(...[...document.querySelectorAll('.name span')].map(o=>o.getBoundingClientRect().width));
     got.wide=document.documentElement.scrollWidth<=innerWidth; got.title=document.title;
     document.body.innerHTML=''; document.body.append('GOT'+JSON.stringify(got)+'END');</script>'''
-    text = html.read_text().replace('<head>', '<head><script>const errors=[]; onerror=e=>errors.push(String(e))</script>', 1).replace('</body>', probe+'</body>')
-    (tmp_path/'probe.html').write_text(text)
-    args = ['--headless','--no-sandbox','--disable-gpu','--disable-quic','--no-first-run','--disable-background-networking','--disable-component-update','--disable-sync',
-            f'--user-data-dir={tmp_path/"profile"}','--window-size=500,900','--dump-dom', (tmp_path/'probe.html').as_uri()]
-    out = subprocess.run([browser, *args], capture_output=True, text=True, timeout=120).stdout
-    got = json.loads(re.search(r'GOT(.*?)END', out)[1].replace('&lt;','<').replace('&gt;','>').replace('&amp;','&'))
+    got = seen(html, probe, tmp_path)
     assert got['errors'] == [] and got['title'] == 'discloss: three losses on photos'
     assert got['inside'] and got['letters'] > 40 # A name fits into its cell, and is no column of letters
     assert got['down'] == 'center' and got['up'] != 'center' and got['sorted'] == 'ascending' and got['names'] == 'crossentropy'
