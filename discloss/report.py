@@ -552,8 +552,9 @@ nav a { color: var(--accent); margin-right: 1em; display: inline-block; padding:
 
 /* tables; a shadow says that there is more to the right */
 .wide { overflow-x: auto; max-width: 100%;
-  background: linear-gradient(to left, var(--paper) 50%, transparent) right/40px 100% no-repeat local,
-              linear-gradient(to left, var(--edge), transparent) right/18px 100% no-repeat }
+  background:
+    linear-gradient(to left, var(--paper) 50%, transparent) right/40px 100% no-repeat local,
+    linear-gradient(to left, var(--edge), transparent) right/18px 100% no-repeat }
 .tall { max-height: 70vh; overflow-y: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .55rem; border-bottom: 1px solid var(--line);
