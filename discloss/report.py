@@ -516,7 +516,8 @@ def _method(f, wins):
             f'Its 95% interval counts the noise of {noise}.',
             '"Better" and "worse" hold after a correction for the number of losses (Holm). '
             'So an interval can leave out zero where nothing is decided.',
-            f'"Equivalent" means surely less than {_points(f.margin)} apart (two one-sided tests, 5%).',
+            f'"Equivalent" means surely less than {_points(f.margin)} apart '
+            '(two one-sided tests, 5%).',
             'Seeds that would decide a verdict are an estimate for a power of 80%. '
             'Choose their number before you run them.',
             '± is the standard deviation over seeds.')

@@ -15,8 +15,8 @@ from fastprogress.fastprogress import progress_bar
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import qmc
 
-from .compare import (_cbs_config, _check_cbs, _file_hash, _load, _loss_config, callbacks_for,
-                              choose_arch)
+from .compare import (_cbs_config, _check_cbs, _file_hash, _load, _loss_config,
+                              callbacks_for, choose_arch)
 from .core import Choice, DiscLoss, Number, Other
 from .data import check_data, counted, fingerprint
 from .plot import plot_style
