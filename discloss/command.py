@@ -83,6 +83,7 @@ def _notes():
     "Warnings become notes, but those of other packages on their future"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
+        warnings.filterwarnings('always', module='discloss') # What is said of the data
         warnings.showwarning = _note
         yield
 

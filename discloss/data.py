@@ -152,6 +152,11 @@ def _check_arrays(where, arrays):
             f"more than {n} classes, got {lo if lo < 0 else hi}: {_whole}")
     return arrays, int(hi)
 
+def _check_name(value, name, what):
+    "Raise `TypeError` for what is neither text nor a path"
+    if isinstance(value, (str,Path)): return
+    raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
 def _unknown(name, root):
     "The error for a name that leads to no images"
     if Path(name).is_file():
@@ -171,6 +176,7 @@ def load_arrays(
     root:str|Path|None=None, # Where to look; see `data_root`
 ) -> tuple: # Arrays x_train, y_train, x_test, ... by name, and the class names
     "An image set as arrays; raises `ValueError` or `FileNotFoundError` with the remedy"
+    _check_name(name, 'data', 'the name of an image set, or an .npz file')
     if name == 'digits': return _digits(), _ten
     root, known = data_root(root), image_sets.get(name)
     f = Path(name) if str(name).endswith('.npz') else root/f'{name}.npz'
@@ -470,8 +476,13 @@ def _beside_train(tree, root, parts, others):
     for d in others:
         n = counted(len(tree.below(d)), 'picture')
         tree.notes.append(f"{d.name} ({n}, not a split, not used)")
-    tree.notes += [f"{d.name} (no pictures)" for d in tree.empty(root)]
+    tree.notes += _no_pictures([d.name for d in tree.empty(root)])
     return parts
+
+def _no_pictures(names):
+    "Notes on folders; of many only some are named"
+    if len(names) <= 10: return [f"{n} (no pictures)" for n in names]
+    return [f"{len(names):,} folders without pictures ({_first(names, 3)})"]
 
 def _unclear(root, names, classes):
     "The error for folders that are splits or classes"
@@ -527,7 +538,7 @@ def _labelled(tree, part, top, leave, vocab=None):
         n = counted(n, 'picture')
         tree.notes.append(f"{n} in {name} (in no class folder, not used{use})")
     empty = [d for d in tree.empty(folder) if d not in leave]
-    tree.notes += [f"{tree.short(d)} (no pictures)" for d in empty]
+    tree.notes += _no_pictures([tree.short(d) for d in empty])
     return [(f, _class_of(d)) for d in classes for f in tree.below(d)]
 
 def _once(parts, tree):
@@ -597,7 +608,8 @@ def _folder(path, splits):
     if tree.other:
         kinds = _first(sorted(k or 'no ending' for k in tree.other), 6)
         n = sum(tree.other.values())
-        tree.notes.append(f"{counted(n, 'file')} that are no pictures (not used: {kinds})")
+        what = 'file that is no picture' if n == 1 else 'files that are no pictures'
+        tree.notes.append(f"{n:,} {what} (not used: {kinds})")
     return _once(parts, tree), tree.notes
 
 def _warn(notes, path, stacklevel):
@@ -613,6 +625,7 @@ def folder_items(
     splits:dict|None=None,
 ) -> dict: # Split -> list of (file, class name)
     "The labelled pictures of a folder; one warning says what is not used"
+    _check_name(path, 'path', 'a folder')
     items, notes = _folder(path, splits)
     _warn(notes, path, 2)
     return items
@@ -953,10 +966,19 @@ def _all_splits(parts, vocab, valid_pct, n_train, n_eval, seed):
     _check_counts(parts['train'][1], vocab, missing)
     share = dict(test=0.2, valid=valid_pct)
     for s in missing: parts = _split_off(parts, s, share[s], seed)
-    rest = len(parts['train'][1]) - (n_train or len(parts['train'][1]))
-    if rest > 0: parts = _split_off(parts, 'rest', rest, seed)
+    n = len(parts['train'][1])
+    if n_train is not None and n_train < n:
+        _check_part(n_train, n, len(vocab))
+        parts = _split_off(parts, 'rest', n-n_train, seed)
     evals = {s: _fewer(parts[s], n_eval, seed) for s in ('valid','test')}
     return dict(train=parts['train'], **evals)
+
+def _check_part(n_train, n, c):
+    "Raise `ValueError` if a stratified part of n images, or the rest, would miss a class"
+    if n_train < c: raise ValueError(
+        f"n_train must be at least {c:,}, an image for each class, got {n_train}")
+    if n-n_train < c: raise ValueError(
+        f"n_train must be at most {n-c:,}, or {n:,} for all training images, got {n_train:,}")
 
 def _check_parts(parts, bs, channels, size):
     "Raise `ValueError` if the sets are too small to train on, or too large for memory"
@@ -1009,6 +1031,7 @@ def image_dls(
     skip_bad:bool=False,
 ) -> ImageTensorLoaders: # Three loaders: `train`, `valid` and `test`
     "A small image set as fastai `DataLoaders`, on the device"
+    _check_name(name, 'data', 'the name of an image set, an .npz file, or a folder of images')
     _check_whole(1, bs=bs, n_train=n_train, n_eval=n_eval, size=size)
     _check_whole(0, pad=pad)
     if channels not in (None,1,3):

@@ -288,10 +288,11 @@ def read_seeds(
 ) -> list: # Different whole numbers
     "Seeds as a list"
     if isinstance(seeds, str): seeds = _numbers(seeds, int, 'seeds')
+    given = seeds
     if isinstance(seeds, Integral) and seeds > 10_000:
         raise ValueError(f"seeds must be at most 10,000, or a list of them, got {seeds:,}")
     seeds = list(range(seeds)) if isinstance(seeds, Integral) else list(seeds)
-    if not seeds: raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if not seeds: raise ValueError(f"seeds must be at least 1, got {given}")
     for s in seeds: check_budget(seed=s)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different whole numbers, got {seeds}")

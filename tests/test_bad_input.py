@@ -17,7 +17,7 @@ from discloss.compare import compare
 from discloss.comparison import save_outputs
 from discloss.contract import check_loss
 from discloss.core import DiscLoss, with_head
-from discloss.data import ImageTensors, class_balanced, image_dls, labels_of, load_arrays, to_pixels
+from discloss.data import ImageTensors, class_balanced, folder_items, image_dls, labels_of, load_arrays, to_pixels
 from discloss.geometry import Geometry, GeometryCallback, get_features
 from discloss.learner import disc_learner
 from discloss.losses.cc import CCLoss
@@ -278,7 +278,12 @@ sets = { # Name -> (call with a folder, what the message says)
     'batch size of 2.5':          (lambda t: digits(bs=2.5), ('bs', 'whole number', '2.5')),
     'batch size above the data':  (lambda t: digits(bs=5000), ('5000', '1149')),
     'no training images':         (lambda t: digits(n_train=0), ('n_train', 'at least 1', '0')),
-    'fewer images than classes':  (lambda t: digits(n_train=5), ('10 classes',)),
+    'fewer images than classes':  (lambda t: digits(n_train=5), ('n_train', 'at least 10', 'got 5')),
+    'nearly all images':          (lambda t: digits(n_train=1145), ('n_train', 'at most 1,139', '1,149 for all', 'got 1,145')),
+    'a number as data':           (lambda t: image_dls(3), ('data', 'folder of images', 'int')),
+    'arrays as data':             (lambda t: image_dls(np.zeros((8,8))), ('data', 'folder of images', 'ndarray')),
+    'nothing as data':            (lambda t: load_arrays(None), ('data', '.npz file', 'NoneType')),
+    'a number as folder':         (lambda t: folder_items(3), ('path', 'a folder', 'int')),
     'all images to validate on':  (lambda t: digits(valid_pct=1.), ('valid_pct', 'between 0 and 1', '1.0')),
     'two channels':               (lambda t: digits(channels=2), ('1 or 3', '2')),
     'size of zero':               (lambda t: digits(size=0), ('size', 'at least 1', '0')),
@@ -317,7 +322,7 @@ comparisons = {
     'a loss of PyTorch to compare':  (lambda t: compare(dict(ce=nn.CrossEntropyLoss()), **quick), ('DiscLoss', 'CrossEntropyLoss')),
     'no epochs':                     (lambda t: compare(epochs=0), ('epochs', 'at least 1', '0')),
     'half an epoch':                 (lambda t: compare(epochs=0.5), ('epochs', 'at least 1', '0.5')),
-    'no seeds':                      (lambda t: compare(seeds=0), ('seeds', 'at least 1')),
+    'no seeds':                      (lambda t: compare(seeds=0), ('seeds', 'at least 1', 'got 0')),
     'a seed twice':                  (lambda t: compare(seeds=[1,1]), ('seeds', 'different', '[1, 1]')),
     'images too small for a network': (lambda t: compare(arch='lenetpp', size=4, **quick), ('crossentropy: lenetpp', '(1, 4, 4)', 'channels first')),
     'a seed as number of seeds':     (lambda t: compare(seeds=20_261_126), ('seeds', 'at most 10,000', 'a list', '20,261,126')),

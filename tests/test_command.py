@@ -1,6 +1,9 @@
 "The command line: help, and a comparison that survives being killed. Its errors are in test_bad_input.py."
-import io, json, os, signal, subprocess, sys, time
+import io, json, os, signal, subprocess, sys, time, warnings
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 command = [sys.executable, '-c', 'from discloss.command import main; main()']
 
@@ -54,3 +57,16 @@ def test_result_lines_are_complete(tmp_path):
     assert row['label'] == 'center(lam=0.1)' and row['config']['hparams']['lam'] == 0.1 and row['config']['seed'] == 0
     assert {'torch','fastai','discloss','python'} <= set(row['versions']) and row['device'].startswith(('cpu','NVIDIA')) and row['seconds'] > 0
     assert len(row['epochs']) == 2 and {'train_loss','valid_loss','accuracy'} <= set(row['epochs'][0])
+
+def test_what_is_not_used_is_said_whatever_the_filters(tmp_path, capsys):
+    from discloss.command import _notes
+    from discloss.compare import _load
+    for c in 'cat', 'dog':
+        (tmp_path/c).mkdir()
+        for i in range(10): Image.fromarray(np.random.default_rng(i).integers(0, 255, (8,8,3)).astype('uint8')).save(tmp_path/c/f'{i}.png')
+    (tmp_path/'cow').mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with _notes(): _load(str(tmp_path), 'small_body', False, 4, 'cpu', dict(size=8))
+    said = capsys.readouterr().err
+    assert said.startswith(f'note: in {tmp_path}: ') and 'cow (no pictures)' in said

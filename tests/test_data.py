@@ -231,6 +231,15 @@ def test_empty_class_and_split(tmp_path):
     assert items == dict(train=two)
     assert all(f'{d} (no pictures)' in says for d in ('train/cow', 'valid', 'test'))
 
+def test_many_empty_classes_are_counted(tmp_path):
+    make(tmp_path, 'cat', 'dog')
+    for i in range(300): (tmp_path/f'class{i:03}').mkdir()
+    (tmp_path/'cat'/'notes.txt').write_text('x')
+    items, says = read(tmp_path)
+    assert items == dict(train=two) and len(says) < 300
+    assert '300 folders without pictures (class000; class001; class002; and 297 more)' in says
+    assert '1 file that is no picture (not used: .txt)' in says
+
 @pytest.mark.parametrize('name, file', [('discloss_out', 'tune_center.png'), ('a', 'results.jsonl'), ('a', 'tune.journal')])
 def test_results_beside_classes(tmp_path, name, file):
     "A command whose data are the current folder writes into it"
