@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import qmc
 
 from .compare import (_cbs_config, _check_cbs, _file_hash, _load, _loss_config,
-                              callbacks_for, choose_arch)
+                              _try_out, callbacks_for, choose_arch)
 from .core import Choice, DiscLoss, Number, Other
 from .data import check_data, counted, fingerprint
 from .plot import plot_style
@@ -315,6 +315,7 @@ def tune(
     rate = default_lr(arch, tuned) if lr is None else lr
     label = loss_label(loss)
     images = fingerprint(dls)
+    _try_out({label: (loss, {})}, dls, dict(arch=arch, n_feats=n_feats, **begin))
     setup = dict(data=images, arch=arch, n_feats=n_feats, epochs=epochs, seeds=seeds, lr=rate,
                  space=ranges(space))
     if tuned: setup |= dict(pretrained=pretrained, weights=_file_hash(weights))

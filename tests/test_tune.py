@@ -339,6 +339,12 @@ def test_advice_can_be_followed_in_both_commands(call, first, pictures, tmp_path
     assert 'written: ' in said.out
 
 @pytest.mark.parametrize('args, says', [
+    (['center(reduction=none)'], "reduction must be 'mean' or 'sum'"), (['pedcc', '--n_feats', '2'], 'at least 9 features'),
+    (['center', '--arch', 'vit_b_16'], 'vit_b_16 does not work on images of shape (3, 8, 8)'), (['center', '--weights', 'none.pth'], "no file of weights 'none.pth'")])
+def test_what_cannot_train_is_named_before_the_search(args, says, tmp_path):
+    with pytest.raises(SystemExit, match=re.escape(says)): tune_main([*args, '--n_train', '100', '--out', str(tmp_path)])
+
+@pytest.mark.parametrize('args, says', [
     (['arcfase'], "did you mean 'arcface'"), (['center', '--bsize', '3'], "did you mean '--size'"), (['center', '--n-trials', '0'], 'at least 1'),
     (['center(lr=0.1)'], 'lr of a loss is said in a comparison only'), (['center', '--data', 'cifra10'], "did you mean 'cifar10'"),
     (['center', '--arch', 'resnet_34'], "did you mean 'resnet34'"), ([], 'required: loss'), (['center', '--lr', 'find'], 'lr')])
