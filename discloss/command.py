@@ -200,6 +200,7 @@ def discloss_tune(
     n_eval:int=None, # Validate on so many images only; default: on all
     skip_bad:bool=False, # Leave out pictures of a folder that cannot be read; they are named
     device:str=None, # For example cpu or cuda:0; default: the GPU if there is one
+    threads:int=None, # CPU threads; default: what suits the size of the network
     # Folder for the journal of trials and the picture; finished trials in it are not done again
     out:str='discloss_out',
     storage:str=None, # Any URL that Optuna knows, so that several machines join one search
@@ -208,14 +209,15 @@ def discloss_tune(
     asked = dict(locals())
     read_spec(loss)
     _check(data, root, arch, pretrained)
-    check_budget(n_trials=n_trials, epochs=epochs, seeds=seeds, bs=bs, lr=lr, n_feats=n_feats)
+    check_budget(n_trials=n_trials, epochs=epochs, seeds=seeds, bs=bs, lr=lr, n_feats=n_feats,
+                 threads=threads)
     with _notes():
         from discloss.store import make_folder
         from discloss.tune import tune
         make_folder(out)
         found = tune(loss, data, n_trials, None, arch, n_feats, epochs, seeds, lr, out, storage,
                      bs=bs, device=device, pretrained=pretrained or None, weights=weights,
-                     root=root, **_of_images(asked))
+                     n_threads=threads, root=root, **_of_images(asked))
         print(f'{found}\nfor discloss_compare: --losses {shlex.quote(found.spec())}')
         file = Path(out)/f'tune_{found.start.name}_{found.key}.png'
         found.plot().savefig(file, dpi=120)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback as _Callback
 from fastai.data.transforms import CategoryMap, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorBase, TensorCategory, default_device
@@ -256,6 +257,7 @@ class Tier:
     classes:int = 10
     margin:float = 0.01 # Accuracies that differ by less count as equal
     lr:float|None = None # Rates from lr/30 to 3*lr are searched; None: default_lr
+    cbs:tuple = () # Classes of callbacks that every run has
     place:str = '' # The data in a sentence: 'better on ...'
     ratio:float = 0. # Test to training data that folds share: paired of discloss.statistics
 
@@ -270,6 +272,8 @@ def _images(name, arch, n_train=20_000, network='', **kwargs):
     place = dict(mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100')[name] + network
     size = f'{n_train:,}' if n_train else 'all'
     return Tier(f'{place}, {size} images', loaders, arch, place=place, **kwargs)
+
+_faster = (ChannelsLast,) # Convolutions take 1.3 times less on the measured CPU
 
 def _on_gpu(name, arch, network, only=few, **kwargs):
     budget = dict(seeds=3, epochs=15, trials=3, only=only)
@@ -302,11 +306,12 @@ tiers = {
     'finetuned': Tier('Flowers, a fine-tuned network', flower_loaders, fine_tuned, seeds=3,
                       epochs=3, trials=3, only=few, classes=12, lr=1e-3,
                       place='fine-tuned flowers'),
-    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, only=own, margin=0.001),
+    'mnist': _images('mnist', _narrow, seeds=10, epochs=4, trials=6, only=own, margin=0.001,
+                     cbs=_faster),
     'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4,
-                       only=few),
+                       only=few, cbs=_faster),
     'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4,
-                        only=few, classes=100),
+                        only=few, classes=100, cbs=_faster),
 }
 _for_gpu = {
     'mnist_lenetpp': _on_gpu('mnist', lenetpp, ' in two features', _in_a_plane),
@@ -335,12 +340,17 @@ def _loaders(tier, fold, out):
     made = tiers[tier].loaders(fold, out)
     return made if isinstance(made, tuple) else (made, None)
 
+def _callbacks(t, entry):
+    "A function that makes the callbacks of an entry and of its tier"
+    def make(loss): return [*callbacks_for(entry.cbs, loss), *(c() for c in t.cbs)]
+    return make
+
 def _setting(t, entry, dls, folder):
     "The loss, learning rate and weight decay of an entry: tuned on the validation images of a fold"
     loss = entry.make()
     if not t.trials: return loss, t.lr or default_lr(t.arch), 0.01
     found = tune(loss, dls, t.trials, entry.names, t.arch, epochs=t.epochs, seeds=t.tries,
-                 lr=t.lr, out=folder, show=False, alone=True, cbs=entry.cbs)
+                 lr=t.lr, out=folder, show=False, alone=True, cbs=_callbacks(t, entry))
     return found.loss, found.lr, found.wd
 
 def _right(said):
@@ -380,7 +390,7 @@ def _key(tier, label, fold, seed, out):
     which = dict(tier=tier, label=label, fold=fold, seed=seed, discloss=__version__)
     what = dict(loss=loss_label(loss), space=ranges(search_space(loss, entry.names)),
                 data=_data_key(tier, fold, out), arch=arch_name(t.arch),
-                cbs=[type(c).__name__ for c in callbacks_for(entry.cbs, loss)])
+                cbs=[type(c).__name__ for c in _callbacks(t, entry)(loss)])
     budget = dict(epochs=t.epochs, trials=t.trials, tries=t.tries, rates=rates, decays=decays)
     if t.lr is not None: budget['lr'] = t.lr
     return run_key(dict(**which, **what, **budget))
@@ -419,7 +429,7 @@ def _one_run(t, entry, loss, dls, unseen, lr, wd, seed):
     keep = {}
     class Keep(_Callback):
         def after_fit(self): keep['model'] = self.learn.model
-    cbs = [Keep(), *callbacks_for(entry.cbs, loss)]
+    cbs = [Keep(), *_callbacks(t, entry)(loss)]
     row, said = run_loss(loss, dls, t.arch, epochs=t.epochs, lr=lr, wd=wd, seed=seed, cbs=cbs)
     if unseen is not None and said is not None:
         row['unseen'] = _unseen(keep['model'], *unseen, dls)

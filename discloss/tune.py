@@ -16,11 +16,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import qmc
 
 from .compare import (_cbs_config, _check_cbs, _file_hash, _load, _loss_config,
-                              _try_out, callbacks_for, choose_arch)
+                              _threads_for, _try_out, callbacks_for, choose_arch)
 from .core import Choice, DiscLoss, Number, Other
 from .data import check_data, counted, fingerprint
 from .plot import plot_style
-from .runs import _train, arch_name, default_lr, loss_learner, normalize_for, Watch
+from .runs import (_train, arch_name, default_lr, loss_learner, normalize_for,
+                           threads, Watch)
 from .learner import quiet
 from .specs import check_budget, loss_label, parse_loss, read_spec
 from .store import _last_byte, _lock, make_folder, run_key
@@ -297,13 +298,16 @@ def tune(
     # a folder
     pretrained:bool|None=None,
     weights=None, # A file of weights to fine-tune
+    # CPU threads; None: what suits the size of the network, see choose_threads
+    n_threads:int|None=None,
     **data_kwargs, # Passed on to image_dls: root, n_train, ...
 ) -> Tuned:
     "Search hyper-parameters, learning rate and weight decay of one loss, on validation images only"
     optuna = _optuna()
     check_data(data, loss, 'loss')
     _check_cbs(cbs)
-    _check_search(loss, epochs, lr, n_trials=n_trials, seeds=seeds, n_feats=n_feats, bs=bs)
+    _check_search(loss, epochs, lr, n_trials=n_trials, seeds=seeds, n_feats=n_feats, bs=bs,
+                  threads=n_threads)
     loss, fixed = _with_fixed(loss)
     space = search_space(loss, names)
     if names is None: space = {k: h for k,h in space.items() if k not in fixed}
@@ -315,7 +319,7 @@ def tune(
     rate = default_lr(arch, tuned) if lr is None else lr
     label = loss_label(loss)
     images = fingerprint(dls)
-    _try_out({label: (loss, {})}, dls, dict(arch=arch, n_feats=n_feats, **begin))
+    work = _try_out({label: (loss, {})}, dls, dict(arch=arch, n_feats=n_feats, **begin))
     setup = dict(data=images, arch=arch, n_feats=n_feats, epochs=epochs, seeds=seeds, lr=rate,
                  space=ranges(space))
     if tuned: setup |= dict(pretrained=pretrained, weights=_file_hash(weights))
@@ -338,7 +342,8 @@ def tune(
         n = len(_enqueue(study, first, alone))
         # The number decides what is drawn, so a search may stop and go on
         study.sampler = optuna.samplers.TPESampler(seed=(draws+n) % 2**32)
-    _search(study, objective, before, n_trials, show, label)
+    with threads(n_threads or _threads_for(work, dls)):
+        _search(study, objective, before, n_trials, show, label)
     where = f"{getattr(dls, 'name', 'data')}, {arch_name(arch)}"
     trials = f"{counted(len(_done(study)), 'trial')} of {counted(seeds, 'seed')}"
     line = f"{where}, {counted(epochs, 'epoch')}, {trials}"

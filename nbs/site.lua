@@ -107,6 +107,11 @@ local function show_source(cell, by_name)
     local entry = table.remove(by_name[p.name or ''] or {}, 1)
     if entry then for _, b in ipairs({heading(entry)}) do table.insert(res, b) end end
     local source = pandoc.CodeBlock(p.text, {class = 'python cell-code'})
+    local by_hand = p.text:match('%(torch%.autograd%.Function%):\n%s+"(.-)"\n')
+    if by_hand then -- The formula stands in the code before it
+      source.attributes['code-fold'] = 'true'
+      source.attributes['code-summary'] = p.name .. ': ' .. by_hand
+    end
     table.insert(res, pandoc.Div({source}, {class = 'cell'}))
   end
   for i = 2, #cell.content do table.insert(res, cell.content[i]) end

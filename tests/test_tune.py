@@ -94,7 +94,7 @@ def test_a_search_starts_without_a_scale_that_is_left_to_the_classes():
 @pytest.mark.parametrize('wrong, says', [
     (dict(n_trials=0), 'n_trials must be a whole number, at least 1, got 0'),
     (dict(n_trials=-1), 'n_trials must be'), (dict(seeds=0), 'seeds must be'), (dict(seeds=[0,1]), 'seeds must be'),
-    (dict(epochs=0), 'epochs must be'), (dict(epochs=-1), 'epochs must be'), (dict(n_feats=0), 'n_feats must be'),
+    (dict(epochs=0), 'epochs must be'), (dict(epochs=-1), 'epochs must be'), (dict(n_threads=0), 'threads must be'), (dict(n_feats=0), 'n_feats must be'),
     (dict(lr=0), 'lr must be positive'), (dict(lr='find'), 'lr must be positive, rates around it'),
     (dict(names='lam'), "names must be a list of names, got 'lam'"),
     (dict(loss=torch.nn.CrossEntropyLoss()), r'loss must be a name or an instance of DiscLoss, got CrossEntropyLoss\(\)'),
@@ -295,6 +295,16 @@ def test_the_command_says_what_it_found_before_it_draws(tmp_path, monkeypatch, c
     monkeypatch.undo()
     tune_main(args)
     assert len(list(out.glob('tune_center_*.png'))) == 1
+
+@pytest.mark.parametrize('option, used', [([], 1), (['--threads', '2'], 2)])
+def test_threads_suit_a_small_network_or_are_chosen(option, used, tmp_path, monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(module, '_score', lambda *args: seen.append(torch.get_num_threads()) or 1.)
+    torch.set_num_threads(2)
+    try: tune_main(['crossentropy', '--n_trials', '1', '--n_train', '100', '--out', str(tmp_path), *option])
+    finally: torch.set_num_threads(before)
+    assert seen == [used]
 
 def test_the_command_counts_on_and_keeps_the_pictures_of_other_searches(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, '_score', lambda *args: 1.)
