@@ -310,7 +310,7 @@ tiers = {
                      cbs=_faster),
     'cifar10': _images('cifar10', partial(resnet9, width=8), seeds=5, epochs=6, trials=4,
                        only=few, cbs=_faster),
-    'cifar100': _images('cifar100', partial(resnet9, width=16), seeds=3, epochs=12, trials=4,
+    'cifar100': _images('cifar100', partial(resnet9, width=8), seeds=3, epochs=12, trials=4,
                         only=few, classes=100, cbs=_faster),
 }
 _for_gpu = {

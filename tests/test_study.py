@@ -5,10 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fastai.callback.channelslast import ChannelsLast
 
 from discloss import study
-from discloss.bodies import small_body
+from discloss.bodies import resnet9, small_body
 from discloss import __version__
+from discloss.callbacks import PODSchedule
+from discloss.data import image_dls
 from discloss.evidence import (as_markdown, column_winners, cost, in_words, missing, results_folder,
                                study_rows, tier_table)
 from discloss.losses.center import CenterLoss
@@ -42,7 +45,21 @@ def one_pixel(fold, out):
     return dls
 
 changes = dict(arch=dict(arch=partial(small_body, width=8)), epochs=dict(epochs=3), trials=dict(trials=1),
-               tries=dict(tries=5), images=dict(loaders=fewer), pixel=dict(loaders=one_pixel))
+               tries=dict(tries=5), images=dict(loaders=fewer),
+               callbacks=dict(cbs=(ChannelsLast,)), pixel=dict(loaders=one_pixel))
+
+@pytest.mark.parametrize('tier, laid', [('digits', torch.contiguous_format), ('cifar10', torch.channels_last)])
+def test_a_network_is_laid_out_as_its_tier_says_in_the_search_and_in_the_run(tier, laid, monkeypatch):
+    entry, dls, seen = study.entries()['pod'], image_dls('digits', n_train=40, n_eval=20, bs=20), []
+    t = dataclasses.replace(study.tiers[tier], loaders=None, arch=partial(resnet9, width=2), epochs=1, trials=1,
+                            tries=1)
+    def look(self):
+        seen.append(next(p for p in self.learn.model.parameters() if p.ndim == 4 and p.shape[1] > 1))
+    monkeypatch.setattr(PODSchedule, 'after_fit', look, raising=False) # The entry's own callback is there too
+    loss, lr, wd = study._setting(t, entry, dls, None)
+    study._one_run(t, entry, loss, dls, None, lr, wd, 0)
+    assert len(seen) == 2
+    assert all(w.is_contiguous(memory_format=laid) for w in seen)
 
 @pytest.mark.parametrize('change', changes)
 def test_what_a_tier_is_decides_the_key_of_its_runs(change, tmp_path):
