@@ -417,7 +417,8 @@ def forward(self:DiscLoss,
     if not validating: self._check_names(outs, self._loss_takes)
     self._check(outs, targ)
     with torch.autocast(targ.device.type, enabled=False):
-        outs = {k: _full(v) for k,v in outs.items()}
+        came = outs
+        outs = {k: _full(v) for k,v in came.items()}
         targ = targ.long()
         if validating:
             losses = F.cross_entropy(outs['logits'], targ, reduction='none')
@@ -425,7 +426,7 @@ def forward(self:DiscLoss,
         moves = self._track_takes and self.training and torch.is_grad_enabled()
         given = _snapshots(outs) if moves and torch.compiler.is_compiling() else outs
         losses = self.loss(targ=targ, **{k: given[k] for k in self._loss_takes if k in outs})
-        if moves and not torch._C._are_functorch_transforms_active(): self._move(outs, targ)
+        if moves and not torch._C._are_functorch_transforms_active(): self._move(came, targ)
     if getattr(losses, 'shape', None) != targ.shape: raise _wrong_losses(self, losses, targ)
     self._check_losses(losses, outs)
     weights = None if self._weight is None else self._weight.to(losses)[targ]
@@ -439,8 +440,13 @@ def _wrong_losses(loss, losses, targ):
 
 @patch
 def _move(self:DiscLoss, outs, targ):
+    "Track on float32 copies of half-precision tensors; what was changed is written back"
     self._check_names(outs, self._track_takes)
-    self.track(targ=targ, **{k: outs[k].detach() for k in self._track_takes if k in outs})
+    came = {k: outs[k].detach() for k in self._track_takes if k in outs}
+    full = {k: _full(v) for k,v in came.items()}
+    self.track(targ=targ, **full)
+    for k,v in came.items():
+        if full[k] is not v and full[k]._version: v.copy_(full[k])
 
 # %% ../nbs/00_core.ipynb #8eb4a2ce
 @torch.library.custom_op('discloss::snapshot', mutates_args=())

@@ -168,3 +168,26 @@ def test_a_curve_of_a_mixin_counts():
     out = head(torch.randn(8, 5))
     assert torch.equal(Mixed()(out, targ), Written()(out, targ))
     assert not torch.allclose(Mixed()(out, targ), CircleLoss()(out, targ))
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', ['center', 'sigma2r', 'ldmat', 'pod'])
+def test_what_a_head_keeps_moves_in_a_model_of_half_precision(name, dtype):
+    torch.manual_seed(0)
+    loss, y = all_losses()[name](), torch.arange(32) % 4
+    half = loss.head(16, 4).to(dtype).train()
+    full = copy.deepcopy(half).float()
+    before = copy.deepcopy(full.state_dict())
+    for _ in range(3):
+        x = torch.randn(32, 16).to(dtype).requires_grad_()
+        loss(half(x), y).backward()
+        loss(full(x.float()), y).backward()
+    state = full.state_dict()
+    moved = [k for k,v in state.items() if not torch.equal(v, before[k])]
+    assert moved
+    for k in moved: torch.testing.assert_close(half.state_dict()[k].float(), state[k].float(), rtol=0.02, atol=0.02)
+
+def test_a_head_of_bfloat16_counts_on():
+    loss, y = all_losses()['pod'](), torch.arange(40) % 4
+    head = loss.head(16, 4).bfloat16().train()
+    for _ in range(10): loss(head(torch.randn(40, 16).bfloat16()), y)
+    assert head.norms[1] == 400

@@ -82,7 +82,9 @@ class CenterLoss(DiscLoss):
     hypers = center_hypers
     def __init__(self,
         lam:float=0.003, # Weight of the center term, at least 0; 0.003 in the paper
-        alpha:float=0.5, # How far centers move with each batch, in [0, 1]; 0.5 in the paper
+        # How far centers move each time the loss is called, once a batch but twice with
+        # MixUp, in [0, 1]; 0.5 in the paper
+        alpha:float=0.5,
         learned:bool=False, # Does the optimizer move the centers, instead of the paper's rule?
         reduction:str='mean', # 'mean', 'sum' or 'none'
         weight=None, # One number a class, by which its samples count; None: all the same

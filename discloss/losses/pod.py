@@ -8,7 +8,7 @@ __all__ = ['corr_reductions', 'norm_sources', 'pod_hypers', 'norm_adaptive_cosin
 import torch
 from torch import Tensor
 
-from ..core import Choice, DiscLoss, Number, all_sum, check_hparams
+from ..core import Choice, DiscLoss, Number, _full, all_sum, check_hparams
 from ..core import full_precision, gather_samples, reduce_losses
 from ..heads import by_hand, differentiable_grads, square_norm
 from .pedcc import PEDCCHead, check_centroids, from_centroid
@@ -177,6 +177,12 @@ class PODHead(PEDCCHead):
         self.delta0 = delta0
         self.register_buffer('delta', torch.tensor(float(delta0)))
         self.register_buffer('norms', torch.zeros(2))
+
+    def _apply(self, *args, **kwargs):
+        "Norms are summed in float32 if the model has half precision, where sums would stand still"
+        super()._apply(*args, **kwargs)
+        self.norms = _full(self.norms)
+        return self
 
     def forward(self,
         feats:Tensor, # Shape (batch, n_in)
