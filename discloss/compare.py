@@ -78,19 +78,21 @@ def _pixels(batch):
 # %% ../nbs/07_compare.ipynb #55ff94f3
 def _setup(dls, how, epochs, wd):
     "What all runs of a comparison share"
-    arch = how['arch']
-    code = bodies.get(arch, arch) if isinstance(arch, str) else arch
-    package = [importlib.import_module(f'discloss.{k}') for k in _shared]
     loaders = dls.train, dls.valid, test_loader(dls)[0]
     data = dict(data=_data_name(dls), fingerprint=fingerprint(dls), test_set=test_loader(dls)[1],
                 n=[len(dl.dataset) for dl in loaders], bs=dls.train.bs)
-    network = {**how, 'arch': arch_name(arch), 'weights': _file_hash(how['weights']),
-               'arch_code': run_key(_described(code))}
-    version = dict(discloss=__version__, package=run_key(_described(package)))
-    return dict(**data, **network, **version, epochs=epochs, wd=wd)
+    network = {**how, 'arch': arch_name(how['arch']), 'weights': _file_hash(how['weights'])}
+    return dict(**data, **network, **_code_of(how['arch']), epochs=epochs, wd=wd)
 
 # Modules that every result comes through
 _shared = 'core', 'heads', 'bodies', 'data', 'geometry', 'learner', 'runs'
+
+def _code_of(arch):
+    "The code of a network and of the package: a result of other code is another result"
+    code = bodies.get(arch, arch) if isinstance(arch, str) else arch
+    package = [importlib.import_module(f'discloss.{k}') for k in _shared]
+    return dict(arch_code=run_key(_described(code)), discloss=__version__,
+                package=run_key(_described(package)))
 
 def _described(o):
     "A description, or something that never comes again for what cannot be described"

@@ -15,7 +15,7 @@ from fastprogress.fastprogress import progress_bar
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import qmc
 
-from .compare import (_cbs_config, _check_cbs, _file_hash, _load, _loss_config,
+from .compare import (_cbs_config, _check_cbs, _code_of, _file_hash, _load, _loss_config,
                               _threads_for, _try_out, callbacks_for, choose_arch)
 from .core import Choice, DiscLoss, Number, Other
 from .data import check_data, counted, fingerprint
@@ -321,7 +321,7 @@ def tune(
     images = fingerprint(dls)
     work = _try_out({label: (loss, {})}, dls, dict(arch=arch, n_feats=n_feats, **begin))
     setup = dict(data=images, arch=arch, n_feats=n_feats, epochs=epochs, seeds=seeds, lr=rate,
-                 space=ranges(space))
+                 space=ranges(space), **_code_of(arch))
     if tuned: setup |= dict(pretrained=pretrained, weights=_file_hash(weights))
     name = run_key(setup | _loss_config(loss) | _cbs_config(callbacks_for(cbs, loss)))
     study = optuna.create_study(

@@ -18,6 +18,7 @@ from discloss.losses.center import CenterLoss
 from discloss.losses.cosface import CosFaceLoss
 from discloss.losses.cross_entropy import CrossEntropy
 from discloss.metric import AnyPML, FocalLoss, LogitAdjustedLoss, references
+from discloss.runs import arch_name
 from discloss.specs import all_losses, loss_label, parse_entries
 from discloss.tune import _defaults, search_space, tune
 
@@ -31,7 +32,8 @@ def search(tmp_path, monkeypatch):
         return 1 - abs(trial.params['lr'] - 0.004)
     monkeypatch.setattr(module, '_score', score)
     def search(n=6, **kwargs):
-        return tune('center', dls, n, arch=partial(small_body, width=4), out=tmp_path, **{'show': False, **kwargs})
+        how = dict(arch=partial(small_body, width=4), out=tmp_path, show=False)
+        return tune('center', dls, n, **{**how, **kwargs})
     search.calls, search.cut, search.error = calls, None, KeyboardInterrupt()
     return search
 
@@ -81,6 +83,21 @@ def test_a_search_of_other_ranges_is_another_search(search, monkeypatch):
     monkeypatch.setattr(CenterLoss, 'hypers', dict(known, lam=wider))
     assert len(search().trials) == 6
     assert len(search.calls) == 12
+
+def wider_body(n_in=1, n_feats=8): return small_body(n_in, n_feats, width=5)
+
+@pytest.mark.parametrize('change', ['package', 'network'])
+def test_a_search_with_other_code_is_another_search(change, search, monkeypatch):
+    search(2)
+    search(2)
+    assert len(search.calls) == 2
+    arch = partial(small_body, width=4)
+    if change == 'package': monkeypatch.setattr('discloss.compare.__version__', '9.9.9')
+    else:
+        wider_body.__name__ = arch_name(arch)
+        arch = wider_body
+    assert len(search(2, arch=arch).trials) == 2
+    assert len(search.calls) == 4
 
 def test_one_is_no_plural(search):
     assert '1 epoch, 1 trial of 1 seed' in search(1, epochs=1).conditions
