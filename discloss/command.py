@@ -33,7 +33,9 @@ def discloss_compare(
     # Scale images to size x size; default: as they are, and 224 for a folder and a network
     # of torchvision or timm
     size:int=None,
-    channels:int=None, # 1 for grey images, 3 for colours; default: what suits the data
+    # 1 for grey images, 3 for colours; default: as they are, and 3 for a folder or a
+    # network of torchvision or timm
+    channels:int=None,
     # Number of features, 2 for pictures like those of the papers; default: as the network
     # has it
     n_feats:int=None,
@@ -146,6 +148,14 @@ def _told(e):
     "An OSError without its number"
     return f'{e.filename}: {e.strerror}' if e.filename and e.strerror else str(e)
 
+def _as_options(message, options):
+    "Advice such as: give bs=7, or: with skip_bad=True, as it is typed in a shell"
+    def typed(m):
+        option = f'--{m[2]}'
+        if option not in options: return m[0]
+        return f"{m[1]} {option}{'' if m[4] == 'True' else f' {m[4]}'}"
+    return re.sub(r"\b(give|choose|with) (\w+)=('?)(\w+)\3", typed, message)
+
 def _call(do, args, what):
     "Call a function with the options of a command line; errors are one line"
     name = do.__name__
@@ -161,8 +171,8 @@ def _call(do, args, what):
     asked = vars(parser.parse_args([_underscores(a) for a in args]))
     asked = {k: v for k,v in asked.items() if k not in ('pdb','xtra')}
     try: do(**asked)
-    except OSError as e: sys.exit(f'{name}: {_told(e)}')
-    except (ValueError, ImportError) as e: sys.exit(f'{name}: {e}')
+    except OSError as e: sys.exit(f'{name}: {_as_options(_told(e), options)}')
+    except (ValueError, ImportError) as e: sys.exit(f'{name}: {_as_options(str(e), options)}')
     except KeyboardInterrupt:
         where = 'the storage' if asked.get('storage') else asked['out']
         sys.exit(f"\n{name}: stopped; finished {what} are kept in {where}, the same command "
@@ -188,7 +198,9 @@ def discloss_tune(
     pretrained:bool=False, # Fine-tune trained weights (a folder without --arch does so anyway)
     weights:str=None, # A file of weights to fine-tune
     size:int=None, # Scale images to size x size; default: as discloss_compare does
-    channels:int=None, # 1 for grey images, 3 for colours; default: what suits the data
+    # 1 for grey images, 3 for colours; default: as they are, and 3 for a folder or a
+    # network of torchvision or timm
+    channels:int=None,
     n_feats:int=None, # Number of features; default: as the network has it
     n_trials:int=20, # Trials in all, those of earlier calls counted
     epochs:int=10, # Epochs of one cycle

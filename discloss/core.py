@@ -740,7 +740,7 @@ def _why_no_linear(model):
     if isinstance(model, fx.GraphModule): return " in its graph: use with_head before torch.export"
     convs = [(k, m) for k,m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]
     says = f". If it is a body, say how many features it gives: model.n_feats = {_n_feats(model)}"
-    if not convs: return says
+    if not convs or convs[-1][1].kernel_size[0] > 1: return says
     name, conv = convs[-1]
     return says + (f"; if a convolution is its classifier ({name!r}, "
                    f"{type(conv).__name__}), put nn.Identity() in its place and set "

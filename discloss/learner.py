@@ -65,6 +65,8 @@ def disc_learner(
     **kwargs, # Passed on to vision_learner: pretrained, n_in, lin_ftrs, opt_func, ...
 ) -> Learner:
     "fastai's vision_learner with the head of a loss; ValueError if the training data make no batch"
+    if not isinstance(loss, DiscLoss):
+        raise TypeError(f"loss must be an instance of DiscLoss, as CenterLoss(), got {loss!r}")
     if len(dls.train) == 0:
         raise ValueError(f"the training loader has no batch: {len(dls.train_ds)} samples "
                          f"make none of {dls.train.bs}, give a smaller bs")

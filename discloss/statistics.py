@@ -96,9 +96,9 @@ def paired_images(
     mi = S*(image**2).sum()/(N-1)
     me = ((d-mean-seed-image)**2).sum() / ((S-1)*(N-1))
     rest = max(0., (mi-me)/(S*N))
-    # degrees of freedom after Satterthwaite
+    # degrees of freedom after Satterthwaite; a difference of mean squares can leave too few
     parts = ms**2/(S-1) + (mi**2/(N-1) + me**2/((S-1)*(N-1)))*(rest > 0)
-    df = (ms + S*N*rest)**2/parts if parts else None
+    df = max(S-1, (ms + S*N*rest)**2/parts) if parts else None
     return Difference(mean, S, ms/N, rest, df)
 
 # %% ../nbs/09_statistics.ipynb #9f4477c9

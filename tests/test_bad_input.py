@@ -186,6 +186,7 @@ models = {
     'too few features for the head':  (lambda: with_head(small_body(n_feats=4), PEDCCLoss(), 10), ('10 points', '4 dimensions', 'n_feats=9')),
     'check_loss of a class':          (lambda: check_loss(CenterLoss), ('DiscLoss', 'CenterLoss')),
     'more classes in the data than in the model': (lambda: fit(n_out=5), ('in 0..4',)),
+    'name of a loss for a learner':   (lambda: disc_learner(loaders(), tiny, 'center', pretrained=False, n_in=1), ('DiscLoss', "'center'")),
     'batch larger than the data':     (lambda: disc_learner(loaders(n=12, bs=16), tiny, CenterLoss(), pretrained=False, n_in=1), ('12 samples', '16')),
     'images of NaN':                  (lambda: fit(images=math.nan), ('finite', 'input images')),
     'PODSchedule without its head':   (lambda: fit(cbs=PODSchedule()), ('PODHead', 'CenterHead')),

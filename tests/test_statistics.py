@@ -319,3 +319,15 @@ def test_without_a_margin_nothing_is_equal():
 def test_overlap_of_folds_takes_away_a_winner():
     runs = dict(a={(f,0): v for f,v in enumerate([.90,.92,.91,.93,.92])}, b={(f,0): .9 for f in range(5)})
     assert winner(runs) == 'a' and winner(runs, ratio=1.) is None
+
+@pytest.mark.parametrize('n_images', [20, 200])
+def test_an_interval_of_accuracies_stays_within_what_can_be(n_images):
+    "Mean squares that almost cancel left less than one degree of freedom, and ends of 1,000 points"
+    rng, widest = np.random.default_rng(0), 0.
+    for _ in range(2000):
+        a, b = (rng.random((3, n_images)) < 0.7 for _ in range(2))
+        d = paired_images(a, b)
+        if d.se == 0: continue
+        low, high = interval(d)
+        widest = max(widest, high-low)
+    assert widest < 2
