@@ -8,8 +8,9 @@ __all__ = ['image_sets', 'data_root', 'load_arrays', 'to_pixels', 'counted', 'fo
 # %% ../nbs/03_data.ipynb #b15c9c64
 import difflib, hashlib, inspect, os, random, re, threading, unicodedata
 import warnings, zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -750,8 +751,19 @@ def _labels(ys, vocab):
             f"got {_first(sorted(wrong))}. For other classes give vocab='own'")
     return torch.tensor(ids)
 
+def _split_images(x):
+    "One image or many in an array or tensor, as a list"
+    if x.ndim == 2: return [x]
+    if x.ndim != 3: return list(x)
+    channels = len(x) if isinstance(x, Tensor) else x.shape[-1]
+    if channels == 3 and isinstance(x, Tensor): raise ValueError(
+        f"a tensor {tuple(x.shape)} is one image in colour or three in grey: "
+        "give [x] for one, list(x) for three")
+    return [x] if channels in (1,3) else list(x)
+
 def _test_items(items, with_labels):
     "A folder, one image or many, as a list"
+    if isinstance(items, (np.ndarray,Tensor)): return _split_images(items)
     if isinstance(items, (str,Path)):
         path = Path(items).expanduser()
         if not path.is_dir(): return [path]
@@ -1257,24 +1269,52 @@ def _function(o):
     cells = [c.cell_contents for c in o.__closure__ or ()]
     return [_code(o.__code__), o.__defaults__, o.__kwdefaults__, cells]
 
+def _bound(o):
+    "A method: its function, and what it belongs to unless that is a loader"
+    owner = o.__self__
+    if isinstance(owner, DataLoader): return [o.__func__]
+    place = [owner.__module__] if isinstance(owner, type) else []
+    return [o.__func__, owner, *place]
+
+def _ways(o):
+    "What a list, tuple or dict does differently from others"
+    if isinstance(o, defaultdict): return [o.default_factory]
+    return [type(o), getattr(o, '__dict__', {})] if _is_own(type(o)) else []
+
+# Where one stands is no part of the data
+_generators = (random.Random, np.random.Generator, np.random.RandomState,
+               np.random.BitGenerator, torch.Generator)
+
+def _is_closed(o):
+    "Is the state of an object elsewhere than in its attributes?"
+    c = type(o)
+    if c.__module__ == 'builtins' or not hasattr(o, '__dict__'): return True
+    if _is_own(c) or isinstance(o, torch.nn.Module): return False
+    ways = '__reduce__', '__reduce_ex__', '__getstate__'
+    return any(getattr(c, k, None) is not getattr(object, k, None) for k in ways)
+
 def _pieces(o):
-    "What a value is made of, or None for a plain one"
+    "What a value is made of"
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
-    if isinstance(o, dict): return [[k, o[k]] for k in sorted(o, key=str)]
+    if isinstance(o, dict): return [*_ways(o), *([k, o[k]] for k in sorted(o, key=str))]
     if isinstance(o, (set,frozenset)): return sorted(o, key=repr)
-    if isinstance(o, (list,tuple,L,CategoryMap)): return list(o)
+    if isinstance(o, (list,tuple,L,CategoryMap)): return [*_ways(o), *o]
     if isinstance(o, Image.Image): return [o.mode, o.size, o.tobytes()]
-    if inspect.ismethod(o): return [o.__func__]
+    if isinstance(o, Enum): return [o.name, o.value, type(o)]
+    if isinstance(o, _generators): return []
+    if inspect.ismethod(o): return _bound(o)
     if inspect.isfunction(o): return [_described(o)] if _is_own(o) else _function(o)
-    if isinstance(o, type): return [_described(o)] if _is_own(o) else None
-    if callable(o) and hasattr(o, '__wrapped__'): return [o.__wrapped__] # It has a cache
-    if type(o).__module__ == 'builtins': return None
-    if methods := methods_of(o): return methods
-    state = [o.state_dict()] if isinstance(o, torch.nn.Module) else []
+    if isinstance(o, type): return [_described(o)] if _is_own(o) else []
     code = [type(o)] if _is_own(type(o)) else []
+    if callable(o) and hasattr(o, '__wrapped__') and not code: # It has a cache
+        return [o.__wrapped__]
+    if methods := methods_of(o): return methods
+    if _is_closed(o): return [_described(o)]
+    module = isinstance(o, torch.nn.Module)
+    state = [o.state_dict(), [*o.named_children()]] if module else []
     return [_parameters(o), *state, *code]
 
-def _add(h, o, depth=0):
+def _add(h, o, inside=()):
     "Add a value to a hash: what it is, never where it lies"
     h.update(f'{type(o).__qualname__}:{getattr(o, "__qualname__", "")}('.encode())
     if isinstance(o, Tensor):
@@ -1284,14 +1324,16 @@ def _add(h, o, depth=0):
     elif isinstance(o, np.ndarray) and o.dtype != object:
         h.update(f'{o.dtype}{o.shape}'.encode())
         h.update(np.ascontiguousarray(o).tobytes())
-    elif isinstance(o, np.ndarray): _add(h, o.tolist(), depth+1)
+    elif isinstance(o, np.ndarray): _add(h, o.tolist(), inside)
     elif isinstance(o, bytes): h.update(o)
     elif isinstance(o, Path) and o.is_file(): h.update(_file_hash(o))
     elif isinstance(o, Path): h.update(str(o).encode())
     elif isinstance(o, (str,int,float,complex,bool,type(None),np.generic,torch.dtype)):
         h.update(repr(o).encode())
-    elif depth < 20:
-        for p in _pieces(o) or (): _add(h, p, depth+1)
+    elif len(inside) < 20:
+        inside = *inside, id(o)
+        for p in _pieces(o):
+            if id(p) not in inside: _add(h, p, inside) # An object may hold itself
     h.update(b')')
 
 def _files(ds):

@@ -27,6 +27,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from .core import check_inputs, find_head
+from .data import to_pixels
 from .geometry import (calibration_error, class_moments, get_features, knn_accuracy,
                                ncm_accuracy, nearest_mean,
                                reliability)
@@ -505,9 +506,8 @@ def _items(items):
     return None
 
 def _opened(o):
-    if isinstance(o, (str,Path)): o = Image.open(o)
-    elif isinstance(o, np.ndarray): o = Image.fromarray(o)
-    return o.convert('RGB')
+    "A picture as data loaders read it: upright, in colour, on white"
+    return Image.fromarray(to_pixels(o).permute(1,2,0).numpy())
 
 def _batches(items, transform, bs):
     for i in range(0, len(items), bs):
@@ -539,7 +539,7 @@ def embed(
 def _pixels(o):
     "Something that imshow draws: (height, width[, 3]) in [0, 1]"
     if isinstance(o, (tuple,list)): o = o[0]
-    if isinstance(o, (str,Path)): o = Image.open(o).convert('RGB')
+    if isinstance(o, (str,Path)): o = _opened(o)
     if isinstance(o, Tensor): o = o.detach().cpu().float().movedim(0, -1).numpy()
     a = np.asarray(o).astype(float)
     if a.ndim == 3 and a.shape[-1] == 1: a = a[...,0]

@@ -7,6 +7,7 @@ __all__ = ['TrainMetrics', 'partner_share', 'with_partners', 'disc_learner', 'qu
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import Learner # The Learner, with fit_one_cycle
+from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
 from fastai.vision.learner import vision_learner
 from fastcore.basics import noop
@@ -42,12 +43,19 @@ def _per_class(bs):
     "Samples of a class in a balanced batch: four, or fewer where the batch size wants it"
     return next((k for k in (4,3,2) if bs % k == 0), None)
 
+def _draws_its_way(dl):
+    "Does a loader choose its samples differently from fastai's?"
+    ways = 'get_idxs', 'sample', 'shuffle_fn'
+    own = any(getattr(type(dl), k, None) is not getattr(DataLoader, k) for k in ways)
+    return own or any(k in vars(dl) for k in ways)
+
 def with_partners(
     dls, # fastai DataLoaders
     loss:DiscLoss, # The loss
 ): # The same loaders, or class-balanced ones
     "Class-balanced batches for a loss that compares samples, where few meet another of their class"
-    per_class = loss.pairs and _per_class(dls.train.bs)
+    if not loss.pairs or _draws_its_way(dls.train): return dls
+    per_class = _per_class(dls.train.bs)
     if not per_class: return dls
     try: labels = labels_of(dls.train)
     except (TypeError, ValueError): return dls # The labels of these data are not known beforehand
@@ -100,6 +108,7 @@ def fit(
     **kwargs, # Passed on to Learner: wd, opt_func, ...
 ) -> Learner: # Trained
     "Train by one cycle without output"
+    dls = with_partners(dls, loss)
     model = with_head(model, loss, dls.c)
     learn = Learner(dls, model, loss_func=loss, metrics=accuracy, cbs=cbs, **kwargs)
     quiet(learn).fit_one_cycle(epochs, lr)

@@ -5,11 +5,11 @@ __all__ = ['writing', 'make_folder', 'write_whole', 'write_text', 'claim', 'plai
            'methods_of', 'describe', 'run_key']
 
 # %% ../nbs/12_store.ipynb #5948093f
-import errno, hashlib, json, math, os, sys, time, types, weakref
-from collections import defaultdict
+import copyreg, errno, hashlib, json, math, os, sys, threading, time, types, weakref
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -209,7 +209,9 @@ def _name(o):
 _custom_op = getattr(torch.library, 'CustomOpDef', ())
 
 _simple = (float, complex, bytes, range, slice, Enum, PurePath, np.generic, np.dtype,
-           torch.dtype, torch.device, torch.Size)
+           torch.dtype, torch.device, torch.layout, torch.Size)
+# They are held, and decide nothing
+_locks = type(threading.Lock()), type(threading.RLock())
 _unimportant = ('__dict__ __weakref__ __doc__ __module__ __annotations__ __firstlineno__ '
                 '__static_attributes__ __signature__ _abc_impl').split()
 
@@ -238,8 +240,7 @@ class _Describer:
         if isinstance(o, (Tensor,np.ndarray)): return self.array(o)
         if _has_ways(o): return self.by_pickle(o)
         if isinstance(o, (list,tuple)): return [self(v) for v in o]
-        if isinstance(o, dict):
-            return sorted(([str(k), self(v)] for k,v in o.items()), key=lambda p: p[0])
+        if isinstance(o, (dict,types.MappingProxyType)): return self.items(o)
         if isinstance(o, (set,frozenset)): return sorted(json.dumps(self(v)) for v in o)
         if isinstance(o, partial): return ['partial', self(o.func), self(o.args), self(o.keywords)]
         if isinstance(o, types.ModuleType): return self.module(o)
@@ -248,14 +249,28 @@ class _Describer:
         if isinstance(o, types.MethodType): return ['method', self(o.__func__), self(o.__self__)]
         if isinstance(o, (staticmethod,classmethod)): return [type(o).__name__, self(o.__func__)]
         if isinstance(o, property): return ['property', self(o.fget), self(o.fset)]
+        if isinstance(o, cached_property): return ['cached property', self(o.func)]
+        if isinstance(o, _locks): return 'lock'
         if isinstance(o, type): return self.cls(o)
         if isinstance(o, types.CellType): return self.cell(o)
         if isinstance(o, weakref.ref): return 'weak reference' # pandas has them
         if methods := methods_of(o): return ['one of', *(self(m) for m in methods)]
         if isinstance(o, _custom_op): return ['operator', self(o._init_fn)]
         if callable(o) and hasattr(o, '__qualname__') and not hasattr(o, '__dict__'):
-            return _name(o) # Written in C
+            return self.in_c(o)
         return self.object(o)
+
+    def items(self, o):
+        "The pairs of a dict; their order counts in an OrderedDict only"
+        pairs = [[self(k), self(v)] for k,v in o.items()]
+        def word(pair): return pair[0] if isinstance(pair[0], str) else json.dumps(pair[0])
+        return pairs if isinstance(o, OrderedDict) else sorted(pairs, key=word)
+
+    def in_c(self, o):
+        "A function written in C, and the object whose method it is"
+        owner = getattr(o, '__self__', None)
+        if owner is None or isinstance(owner, (type,types.ModuleType)): return _name(o)
+        return ['method', _name(o), self(owner)]
 
     def array(self, t):
         if isinstance(t, np.ndarray) and t.dtype.kind in 'OSUMm':
@@ -293,6 +308,8 @@ class _Describer:
                 self(c.co_freevars)]
 
     def function(self, f):
+        if hasattr(f, 'registry') and hasattr(f, 'dispatch'): # functools.singledispatch
+            return ['one of', _name(f), self(f.registry)]
         closure = [self(c) for c in f.__closure__ or ()]
         if is_library(f.__module__): return [_name(f), *closure]
         if _is_ours(f.__module__): return [_name(f), self(sys.modules[f.__module__]), *closure]
@@ -310,15 +327,19 @@ class _Describer:
             bases = [self(b) for b in c.__bases__]
             return [_name(c), self(sys.modules[c.__module__]), bases, *self.put_in(c)]
         inside = {k: v for k,v in vars(c).items() if k not in _unimportant}
-        return [c.__qualname__, [self(b) for b in c.__bases__], self(inside)]
+        kind = [] if type(c) is type else [self(type(c))]
+        return [c.__qualname__, [self(b) for b in c.__bases__], self(inside), *kind]
 
     def object(self, o):
         hidden = type(o).__reduce__ is not object.__reduce__  # State that is not in its attributes
-        if hasattr(o, '__dict__') and not hidden: return [self(type(o)), self(vars(o))]
+        layers = vars(o).get('_modules') if isinstance(o, torch.nn.Module) else None
+        order = [list(layers)] if layers else []
+        if hasattr(o, '__dict__') and not hidden: return [self(type(o)), self(vars(o)), *order]
         return self.by_pickle(o)
 
     def by_pickle(self, o):
-        try: state = o.__reduce_ex__(2)
+        reduce = copyreg.dispatch_table.get(type(o)) # A pattern of re, for example
+        try: state = reduce(o) if reduce else o.__reduce_ex__(2)
         except Exception: raise TypeError(f'{type(o).__name__} does not tell what it is') from None
         # The name of something global: its attributes tell more, as of a function with a cache
         if isinstance(state, str): return [self(type(o)), state, self(getattr(o, '__dict__', {}))]

@@ -1,7 +1,8 @@
 "Folders as people have them, pictures of every kind, files that are damaged, batches of chosen classes, fingerprints, and image sets from `DISCLOSS_DATA`."
-import os, random, shutil, socket, struct, sys, unicodedata, warnings, zipfile, zlib
-from collections import Counter
-from functools import lru_cache
+import operator, os, random, re, shutil, socket, struct, sys, unicodedata, warnings, zipfile, zlib
+from collections import Counter, defaultdict
+from enum import Enum
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import pytest
 import torch
 import torchvision
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock,
-    ImageDataLoaders, Learner, MultiCategoryBlock, RandomResizedCrop, RandomSplitter,
+    ImageDataLoaders, Learner, MultiCategoryBlock, PILImage, PILImageBW, RandomResizedCrop, RandomSplitter,
     Resize, TensorImage, Transform, accuracy, aug_transforms, get_image_files, parent_label,
     set_seed)
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from discloss.bodies import resnet9, small_body
 from discloss.core import with_head
@@ -652,6 +653,16 @@ def test_predictions_without_labels():
     with learn.no_bar(): preds, targ = learn.get_preds(dl=dls.test_dl(dls.test.dataset.x[:7]))
     assert preds.shape == (7,10) and targ is None
 
+@pytest.mark.parametrize('o, n', [
+    (np.zeros((9,7,3), np.uint8), 1), (np.zeros((9,7,1), np.uint8), 1), (np.zeros((9,7), np.uint8), 1),
+    (np.zeros((3,9,7), np.uint8), 3), (np.zeros((2,9,7,3), np.uint8), 2), (torch.zeros(9,7).byte(), 1),
+    (torch.zeros(1,9,7).byte(), 1), (torch.zeros(4,9,7).byte(), 4), (torch.zeros(2,3,9,7).byte(), 2)])
+def test_one_image_or_many(o, n):
+    assert len(image_dls().test_dl(o).dataset) == n
+
+def test_three_channels_or_three_images():
+    assert 'give [x] for one, list(x) for three' in refusal(image_dls().test_dl, torch.zeros(3,9,7).byte())
+
 def test_other_classes(tmp_path):
     dls = image_dls()
     make(tmp_path, 'Å', 'ß', '5')
@@ -872,6 +883,47 @@ def test_fingerprint_sees_what_own_code_does(pets, monkeypatch):
     others = of(_times), of(lambda x: x+1), of(lambda x: x+2), of(own(2)), of(own(3)), of(other(2))
     cached = of(lru_cache(lambda x: x+1)), of(lru_cache(lambda x: x+2))
     assert len({before, *others, *cached}) == 9
+
+class _Turned:
+    "An object whose method is a transform, and which holds it"
+    def __init__(self, k): self.k, self.way = k, self.turn
+    def turn(self, x): return x*self.k
+
+class _Side(Enum): left, right = 1, 2
+
+changed_things = dict(
+    class_of_a_method=lambda k: (PILImage,PILImageBW)[k].create,
+    owner_of_a_method=lambda k: _Turned(k).turn,
+    owner_of_a_method_in_c=lambda k: {'a': k}.get,
+    enum=lambda k: list(InterpolationMode)[k],
+    own_enum=lambda k: list(_Side)[k],
+    range=lambda k: range(k),
+    slice=lambda k: slice(k),
+    bytearray=lambda k: bytearray([k]),
+    long_pattern=lambda k: re.compile('a'*300+str(k)),
+    device=lambda k: torch.device(('cpu','meta')[k]),
+    memory_format=lambda k: (torch.contiguous_format,torch.channels_last)[k],
+    itemgetter=lambda k: operator.itemgetter(k),
+    sequential=lambda k: torch.nn.Sequential(v2.Resize(8+k)),
+    table=lambda k: partial(len, pd.DataFrame(dict(a=[k]))),
+    default=lambda k: defaultdict((list,dict)[k]))
+
+@pytest.mark.parametrize('kind', changed_things)
+def test_fingerprint_sees(kind):
+    def of(k): return fingerprint([DataLoader([(0., 0)], collate_fn=partial(id, changed_things[kind](k)))])
+    assert of(0) == of(0) != of(1)
+
+def test_fingerprint_sees_the_class_of_pictures(pets):
+    def of(x): return fingerprint(DataBlock((ImageBlock(x), CategoryBlock), get_items=get_image_files, get_y=parent_label,
+        splitter=RandomSplitter(seed=0), item_tfms=Resize(8)).dataloaders(pets, bs=4))
+    assert of(PILImage) == of(PILImage) != of(PILImageBW)
+
+def test_fingerprint_stays_while_generators_draw():
+    rng = np.random.default_rng(0)
+    loaders = [DataLoader([(0., 0)], collate_fn=partial(id, rng))]
+    before = fingerprint(loaders)
+    rng.random()
+    assert fingerprint(loaders) == before
 
 def test_fingerprint_sees_how_loaders_draw(pets):
     x, n = block(item_tfms=Resize(8)), len(list(pets.rglob('*.png')))

@@ -265,6 +265,16 @@ def test_a_learner(photos):
     assert torch.allclose(feats, embed(learn, files).feats, atol=1e-6) and feats.std(0).max() > 0.01
     assert [learn.dls.vocab[i] for i in targ] == [f.parent.name for f in files]
 
+def test_embed_reads_pictures_upright(tmp_path):
+    picture = Image.fromarray(np.arange(6*4*3, dtype=np.uint8).reshape(6,4,3))
+    exif = Image.Exif()
+    exif[0x0112] = 6 # To be turned by a quarter
+    picture.save(tmp_path/'a.png', exif=exif)
+    seen = []
+    def transform(im): return seen.append(im.size) or torch.zeros(2)
+    embed(nn.Linear(2, 3), [tmp_path/'a.png', Image.open(tmp_path/'a.png')], transform)
+    assert seen == [(6,4)]*2
+
 def test_embed_takes_what_one_has(photos):
     learn,folder = photos
     files = sorted(folder.glob('*/*.png'))

@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastai.callback.data import WeightedDL
+from fastai.data.core import DataLoaders, TfmdDL
+from fastcore.meta import method
 from pytorch_metric_learning import distances, losses, miners
 
 from discloss.bodies import small_body
 from discloss.contract import check_loss
 from discloss.core import with_head
 from discloss.data import ImageTensors, class_balanced
-from discloss.learner import partner_share, with_partners
+from discloss.learner import fit, partner_share, with_partners
 from discloss.losses.circle import CirclePairLoss
 from discloss.losses.cosface import CosFaceLoss
 from discloss.losses.soft_nn import SoftNNLoss
@@ -221,3 +224,30 @@ def test_losses_with_pairs_get_partners_where_batches_lack_them(n, want):
     else: assert all((b.bincount()[b.unique()] == 4).all() for _,b in changed.train)
     learn = loss_learner(SoftNNLoss(), dls, partial(small_body, width=4))
     assert (learn.dls is dls) == (want == 'few')
+
+def _backwards(dl): return list(range(dl.n))[::-1]
+
+class Backwards(TfmdDL):
+    def get_idxs(self): return _backwards(self)
+
+def _own_loaders(way):
+    images = [(torch.zeros(1,8,8), i % 40) for i in range(160)]
+    if way == 'balanced': return class_balanced(_own_loaders(None), 2)
+    if way == 'weights': train = WeightedDL(images, bs=8, wgts=torch.ones(160))
+    elif way == 'class': train = Backwards(images, bs=8)
+    elif way == 'argument': train = TfmdDL(images, bs=8, get_idxs=method(_backwards))
+    elif way == 'shuffle': train = TfmdDL(images, bs=8, shuffle=True, shuffle_fn=lambda idxs: idxs)
+    else: train = TfmdDL(images, bs=8, shuffle=True)
+    return DataLoaders(train, TfmdDL(images, bs=8))
+
+@pytest.mark.parametrize('way', ['balanced', 'weights', 'class', 'argument', 'shuffle', None])
+def test_loaders_that_draw_in_a_way_of_their_own_stay(way):
+    dls = _own_loaders(way)
+    assert (with_partners(dls, SoftNNLoss()) is dls) == (way is not None)
+
+def test_fit_gives_partners_too():
+    y = torch.arange(160) % 40
+    x = torch.randint(0, 255, (160,1,8,8), dtype=torch.uint8)
+    dls = tensor_loaders([(x, y)]*3, [str(i) for i in range(40)], bs=8)
+    learn = fit(dls, small_body(width=4), SoftNNLoss(), 1)
+    assert learn.dls.train.one_batch()[1].bincount().max() == 4

@@ -1,7 +1,9 @@
 "Claims of work, folders, and descriptions of code."
 import importlib, pickle, sys
+from collections import OrderedDict
 
 import pytest
+from torch import nn
 
 from discloss import store
 from discloss.store import claim, make_folder, run_key, write_text
@@ -58,12 +60,26 @@ described = dict(
     items_of_an_own_list='class D(list):\n    def more(self): pass\nf = D([{}])',
     named_tuple='from collections import namedtuple\nf = namedtuple("P", "x y")(1, {})',
     deque='from collections import deque\nf = deque([{}])',
+    cached_property='from functools import cached_property\nclass C:\n    @cached_property\n    def g(self): return {}\nf = C()',
+    dispatch='from functools import singledispatch\n@singledispatch\ndef g(x): return 0\n@g.register\ndef _(x:int): return {}\ng(1)\ndef f(x): return g(x)',
+    pattern='import re\nf = re.compile("{}")',
+    method_in_c='f = dict(a={}).get',
+    metaclass='class M(type):\n    def __call__(c): return {}\nclass f(metaclass=M): pass',
+    beside_a_lock='from threading import RLock\nclass C: pass\nf = C()\nf.lock, f.k = RLock(), {}',
     value_of_a_module='import behind\nbehind.k = {}\ndef f(): return behind.k')
 
 @pytest.mark.parametrize('kind', described)
 def test_the_key_sees(kind, key):
     first, again, other = (key(described[kind].format(v), 'k = 0') for v in (1, 1, 2))
     assert first == again != other
+
+def test_the_key_sees_the_order_of_layers_and_the_kind_of_keys():
+    def layers(names):
+        made = dict(a=nn.ReLU(), b=nn.Tanh())
+        return nn.Sequential(OrderedDict((k, made[k]) for k in names))
+    assert run_key(layers('ab')) == run_key(layers('ab')) != run_key(layers('ba'))
+    assert run_key({1: 2}) != run_key({'1': 2})
+    assert run_key(dict(a=1, b=2)) == run_key(dict(b=2, a=1))
 
 def test_the_key_sees_what_was_put_into_the_package(monkeypatch):
     from discloss import heads
