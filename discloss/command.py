@@ -98,8 +98,8 @@ def _check(data, root, arch, pretrained):
     "Find a typo at once"
     if arch is not None: check_arch(arch, pretrained)
     sets = names_in('discloss.data', 'image_sets')
-    if data in sets or Path(data).exists(): return
-    where = Path(root or os.environ.get('DISCLOSS_DATA') or Path.home()/'.fastai'/'data')
+    if data in sets or Path(data).expanduser().exists(): return
+    where = Path(root or os.environ.get('DISCLOSS_DATA') or '~/.fastai/data').expanduser()
     guess = did_you_mean(data, sets)
     if guess and not (where/f'{data}.npz').exists():
         raise ValueError(f"unknown image set {data!r}, {guess.strip()} Known are "

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastcore.basics import noop
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 
 from . import __version__
 from .bodies import bodies
-from .comparison import Comparison, load_outputs, save_comparison, save_outputs
+from .comparison import (Comparison, load_outputs, same_images, save_comparison,
+                                 save_outputs)
 from .core import DiscLoss
-from .data import check_data, counted, fingerprint, image_dls
+from .data import (ImageTensors, check_data, counted, fingerprint, image_dls, image_sets,
+                           labels_of)
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
                            device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,
                            normalize_for, run_loss, test_loader, threads, versions)
@@ -30,7 +33,10 @@ from .specs import (check_arch, check_budget, loss_label, parse_entries, read_ra
 from .store import append_result, claim, describe, plain, read_results, run_key
 
 # %% ../nbs/07_compare.ipynb #110fe7e7
-def _is_folder(data): return isinstance(data, (str,Path)) and Path(data).is_dir()
+def _is_folder(data):
+    "As image_dls sees it: the name of a set is that set"
+    named = not isinstance(data, (str,Path)) or data in (*image_sets, '')
+    return not named and Path(data).expanduser().is_dir()
 
 def _data_name(data):
     "What the data are called in results"
@@ -52,16 +58,22 @@ def choose_arch(
     if isinstance(arch, str): check_arch(arch, bool(pretrained))
     return arch, bool(pretrained)
 
-def _as_they_are(dls, data_kwargs):
+def _as_they_are(dls, arch, tuned, data_kwargs):
     "Loaders that were made elsewhere"
     if data_kwargs:
         raise ValueError(f"{', '.join(data_kwargs)} cannot be given with DataLoaders: say "
                          f"it where they are made")
-    return dls
+    other = [type(dl) for dl in dls.loaders if not isinstance(dl, DataLoader)]
+    if other: raise TypeError(
+        f"DataLoaders must hold fastai's loaders, got {other[0].__module__}.{other[0].__name__}: "
+        "make them by DataLoaders.from_dsets(train, valid, bs=64)")
+    if getattr(dls, 'c', None) is None: raise ValueError(
+        "the number of classes of the DataLoaders is not known: set dls.c")
+    return normalize_for(dls, arch) if tuned else dls
 
 def _load(data, arch, tuned, bs, device, data_kwargs):
     "The data as fastai `DataLoaders`"
-    if isinstance(data, DataLoaders): return _as_they_are(data, data_kwargs)
+    if isinstance(data, DataLoaders): return _as_they_are(data, arch, tuned, data_kwargs)
     if find_arch(arch)[0] != 'body':
         if _is_folder(data): data_kwargs.setdefault('size', 224)
         data_kwargs.setdefault('channels', 3)
@@ -73,7 +85,8 @@ def _pixels(batch):
     x = batch.detach().float().cpu().as_subclass(torch.Tensor)
     lo, hi = x.amin((1,2,3), keepdim=True), x.amax((1,2,3), keepdim=True)
     x = ((x-lo)/(hi-lo).clamp_min(1e-6)*255).byte()
-    return x.expand(-1,3,-1,-1).permute(0,2,3,1) if x.shape[1] == 1 else x[:,:3].permute(0,2,3,1)
+    x = x[:,:3] if x.shape[1] > 2 else x[:,:1].expand(-1,3,-1,-1)
+    return x.permute(0,2,3,1)
 
 # %% ../nbs/07_compare.ipynb #55ff94f3
 def _setup(dls, how, epochs, wd):
@@ -273,8 +286,9 @@ def _incomplete(row):
     if not number(row['test'].get('accuracy')): return 'test has no accuracy'
     if not number(row['valid'].get('accuracy')): return 'valid has no accuracy'
     tuned = bool(row['config'].get('pretrained') or row['config'].get('weights'))
-    if len(row['epochs']) != row['config'].get('epochs', 0)+frozen_epochs(tuned):
-        return 'epochs are missing'
+    most = row['config'].get('epochs', 0)+frozen_epochs(tuned)
+    if not 1 <= len(row['epochs']) <= most: # Fewer: a callback stopped the run
+        return 'its number of epochs cannot be'
     return None if all(isinstance(e, dict) and number(e.get('accuracy')) for e
                        in row['epochs']) else 'an epoch has no accuracy'
 
@@ -332,12 +346,12 @@ def _work(runs, store, do):
 # %% ../nbs/07_compare.ipynb #ea14046b
 def _worst(outputs, dl, most=48):
     "index, images and ids of the test images that most runs get wrong"
-    if not outputs: return None
+    if not outputs or not same_images(outputs) or dl.one_batch()[0].ndim != 4: return None
     wrong = np.mean([o['pred'] != o['targ'] for o in outputs], 0)
     prob = np.mean([o['prob'].astype(float) for o in outputs], 0)
     index = [i for i in np.lexsort((prob, -wrong)) if wrong[i] > 0][:most]
     if not index: return None
-    ids = np.array([_id(dl.dataset, i) for i in index])
+    ids = np.array(_ids(dl.dataset, index))
     return dict(index=np.array(index), images=_images(dl, index), ids=ids)
 
 def _images(dl, index):
@@ -350,13 +364,16 @@ def _images(dl, index):
     step = math.ceil(max(images.shape[1:3])/96)
     return images[:,::step,::step].numpy()
 
-def _id(dataset, i):
-    "The file name of an image, or its number"
-    items = getattr(dataset, 'files', None) or getattr(dataset, 'items', None)
-    if items is None or len(items) <= i: return f'#{i}'
+def _ids(dataset, index):
+    "The file names of images, or their numbers"
+    ours = isinstance(dataset, ImageTensors) # Its items are all images
+    items = getattr(dataset, 'files' if ours else 'items', None)
     table = hasattr(items, 'iloc') # Of pandas: the file is the first text of its row
-    row = [*items.iloc[i]] if table else [items[i]]
-    return next((str(o) for o in row if isinstance(o, (str,Path))), f'#{i}')
+    def row(i):
+        if items is None or len(items) <= i: return []
+        return [*items.iloc[i]] if table else [items[i]]
+    def name(i): return next((str(o) for o in row(i) if isinstance(o, (str,Path))), f'#{i}')
+    return [name(i) for i in index]
 
 # %% ../nbs/07_compare.ipynb #b835fffd
 def compare(
@@ -399,9 +416,10 @@ def compare(
     rates = [default_lr(arch, tuned) if r is None else r for r in rates]
     store = _Store(None if out is None else Path(out))
     dls = _load(data, arch, tuned, bs, device, data_kwargs)
-    if tuned: normalize_for(dls, arch)
     how = dict(arch=arch, n_feats=n_feats, pretrained=pretrained, weights=weights)
     work = _try_out(entries, dls, how)
+    test, what = test_loader(dls)
+    _check_labels(what, test, dls)
     setup = _setup(dls, how, epochs, wd)
     runs = _plan(entries, rates, seeds, setup, cbs)
     with threads(n_threads or _threads_for(work, dls)):
@@ -430,7 +448,7 @@ def _try_out(entries, dls, how):
             if value.ndim: raise ValueError("a run trains on one number a batch, so "
                 f"reduction must be 'mean' or 'sum', got {loss.reduction!r}")
         except ValueError as e: raise ValueError(f"{label}: {e}") from e
-    return multiply_adds(model, xs[0])
+    return multiply_adds(model, *xs)
 
 def _look_once(loss, dls, how, xs):
     "A model and what it gives for a batch, or `ValueError` if the images do not suit it"
@@ -447,6 +465,21 @@ def _check_loaders(dls):
     for name,dl in ('training', dls.train), ('validation', dls.valid):
         if not len(dl): raise ValueError(
             f"the {name} loader has no batch: {len(dl.dataset)} samples make none of {dl.bs}")
+        _check_labels(name, dl, dls)
+
+def _n_parts(dl):
+    "How many inputs and labels a batch has"
+    batch = dl.one_batch()
+    return len(batch) if isinstance(batch, (tuple,list)) else 1
+
+def _check_labels(name, dl, dls):
+    if _n_parts(dl) < max(2, _n_parts(dls.train)):
+        raise ValueError(f"the {name} images have no labels")
+    try: labels = labels_of(dl)
+    except TypeError: return # Not known beforehand
+    wrong = labels[(labels < 0) | (labels >= dls.c)]
+    if len(wrong): raise ValueError(
+        f"{name} labels must be in 0..{dls.c-1}, got {wrong[0].item()}")
 
 def _device(dls): return torch.device(dls.device or 'cpu')
 

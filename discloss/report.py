@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 from matplotlib.markers import MarkerStyle
 from PIL import Image
 
-from .comparison import _signed, measures
+from .comparison import _signed, measures, same_images
 from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves,
                            plot_features, plot_scores)
 from .statistics import keeps_up, plot_differences, winner
@@ -155,7 +155,7 @@ def mistakes(self:Findings,
 ) -> list: # Dicts of index, id, image (array or None), true, taken, wrong, runs
     "The test images that most runs get wrong"
     runs = [o for k in self.labels if k not in self.failed for o in self.outputs[k].values()]
-    if not runs: return []
+    if not runs or not same_images(runs): return []
     worst = getattr(self.cmp, 'worst', None) or dict(index=[], images=[], ids=[])
     three = zip(worst['index'], worst['ids'], worst['images'])
     kept = {int(i): (str(name),image) for i,name,image in three}

@@ -9,6 +9,7 @@ __all__ = ['default_arch', 'default_lrs', 'one_thread_below', 'arch_name', 'find
 # %% ../nbs/11_runs.ipynb #df9c1033
 import functools, inspect, math, os, pickle, platform, random, time
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import Learner # The Learner, with fit_one_cycle and fine_tune
 from fastai.data.transforms import Normalize
 from fastai.metrics import accuracy
+from fastai.torch_basics import Pipeline
 from fastai.torch_core import params, set_seed
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import model_meta
@@ -207,13 +209,18 @@ def arch_stats(
     return list(cfg.mean), list(cfg.std)
 
 def normalize_for(
-    dls, # fastai DataLoaders; gets a Normalize if it has none
+    dls, # fastai DataLoaders; they are not changed
     arch, # See find_arch
-):
-    "Normalize batches as the trained weights of `arch` want it, where nothing else does"
-    if any(isinstance(t, Normalize) for t in dls.train.after_batch.fs): return
+): # The same loaders, or some with a Normalize
+    "Batches as the trained weights of `arch` want them, where nothing else normalizes"
+    def tfms(dl): return getattr(dl.after_batch, 'fs', [])
     stats = arch_stats(arch)
-    if len(stats[0]) == channels(dls): dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
+    if any(isinstance(t, Normalize) for t in tfms(dls.train)): return dls
+    if len(stats[0]) != channels(dls): return dls
+    dls = deepcopy(dls, {id(dl.dataset): dl.dataset for dl in dls.loaders}) # Without the images
+    normalize = Normalize.from_stats(*stats)
+    for dl in dls.loaders: dl.after_batch = Pipeline([*tfms(dl), normalize])
+    return dls
 
 # %% ../nbs/11_runs.ipynb #325f1984
 class Watch(Callback):
@@ -298,9 +305,10 @@ def device_name(
 def test_loader(
     dls, # fastai DataLoaders
 ) -> tuple: # The loader, and 'test' or 'validation'
-    "The loader of the images that decide, and what they are"
-    if len(dls.loaders) > 2 and len(dls.loaders[2]): return dls.loaders[2], 'test'
-    return dls.valid, 'validation'
+    "A loader of the images that decide, all of them and in order, and what they are"
+    def plain(dl): return dl.new(shuffle=False, drop_last=False)
+    test = plain(dls.loaders[2]) if len(dls.loaders) > 2 else []
+    return (test, 'test') if len(test) else (plain(dls.valid), 'validation')
 
 def _train_features(learn, dls):
     "Features and labels of the training images, without augmentation and in order"
@@ -331,7 +339,8 @@ def outputs(
     probs = logits.float().softmax(1)
     conf, pred = probs.max(1)
     prob = probs.gather(1, targ[:,None].long())[:,0]
-    small = dict(conf=conf.half(), prob=prob.half(), feats=feats[:2000].half())
+    feats = feats[:2000].clamp(-65504, 65504) # The range of half precision
+    small = dict(conf=conf.half(), prob=prob.half(), feats=feats.half())
     return {k: v.numpy() for k,v in dict(targ=targ.int(), pred=pred.int(), **small).items()}
 
 def frozen_epochs(
@@ -385,7 +394,7 @@ def _find_lr(learn, seed):
 # %% ../nbs/11_runs.ipynb #bddfb3b5
 def multiply_adds(
     model:nn.Module, # Any network
-    x, # A batch
+    *xs, # The inputs of a batch
 ) -> int: # Of convolutions and linear layers, for this batch
     "How much work a forward pass is"
     total, hooks = [0], []
@@ -395,7 +404,7 @@ def multiply_adds(
     try:
         hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
         modes = [(m,m.training) for m in model.modules()]
-        with torch.no_grad(): model.eval()(x)
+        with torch.no_grad(): model.eval()(*xs)
     finally:
         for h in hooks: h.remove()
         for m,mode in modes: m.training = mode

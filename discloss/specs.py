@@ -222,12 +222,12 @@ def _same(a, b):
 
 def parse_entries(
     # 'all', comma-separated specs, a loss, a list of specs and losses, or a dict of label
-    # -> loss
+    # -> loss or spec
     losses,
 ) -> dict: # Label -> pair of a loss, and a dict of the lr and wd that its spec sets
     "Losses by label, each with the learning rate and weight decay of its own"
     from discloss.core import DiscLoss
-    if isinstance(losses, dict): found = [(k, o, {}) for k,o in losses.items()]
+    if isinstance(losses, dict): found = [(k, *_only(o)) for k,o in losses.items()]
     elif isinstance(losses, (str,DiscLoss)) or not hasattr(losses, '__iter__'):
         found = _unlabelled([losses])
     else: found = _unlabelled(losses)
@@ -263,6 +263,12 @@ def _unlabelled(losses):
     spread = (_from_text(o) if isinstance(o, str) else [(o, {})] for o in losses)
     return [(None, *o) for os in spread for o in os]
 
+def _only(loss):
+    "A loss of a dict, and its lr and wd"
+    found = _unlabelled([loss])
+    if len(found) == 1: return found[0][1:]
+    raise ValueError(f"{loss!r} names {len(found)} losses, one is wanted for each label")
+
 def _from_text(text):
     return [(_make(name, kwargs), fit) for name,kwargs,fit in read_specs(text)]
 
@@ -291,6 +297,8 @@ def read_seeds(
     given = seeds
     if isinstance(seeds, Integral) and seeds > 10_000:
         raise ValueError(f"seeds must be at most 10,000, or a list of them, got {seeds:,}")
+    if isinstance(seeds, bool) or not (isinstance(seeds, Integral) or hasattr(seeds, '__iter__')):
+        raise TypeError(f"seeds must be a whole number, or a list of them, got {seeds!r}")
     seeds = list(range(seeds)) if isinstance(seeds, Integral) else list(seeds)
     if not seeds: raise ValueError(f"seeds must be at least 1, got {given}")
     for s in seeds: check_budget(seed=s)
@@ -317,7 +325,7 @@ def read_rates(
     "Learning rates as a list"
     if isinstance(lr, str):
         lr = ['find' if o == 'find' else _numbers(o, float, 'lr')[0] for o in _split(lr)]
-    rates = list(lr) if isinstance(lr, (list,tuple)) else [lr]
+    rates = list(lr) if hasattr(lr, '__iter__') else [lr]
     if not rates: raise ValueError(f"lr must be positive, or 'find', got {lr!r}")
     for r in rates: check_budget(lr=r)
     if len(set(rates)) < len(rates): raise ValueError(f"lr must be different rates, got {rates}")

@@ -31,7 +31,7 @@ from discloss.losses.pod import PODLoss
 from discloss.losses.sigma2r import Sigma2RLoss
 from discloss.losses.so_softmax import SOSoftmaxLoss
 from discloss.pruning import _save
-from discloss.specs import all_losses, parse_losses
+from discloss.specs import all_losses, parse_entries, parse_losses
 from discloss.store import append_result, read_results, write_whole
 from discloss.tune import tune
 
@@ -319,11 +319,15 @@ comparisons = {
     'hyper-parameter of a wrong type': (lambda t: compare('center(lam=high)'), ('lam', 'high')),
     'a call as a hyper-parameter':   (lambda t: compare('center(lam=print(1))'), ('plain value', 'print(1)')),
     'an infinite hyper-parameter':   (lambda t: compare('crossentropy,center(lam=1e999)', **quick), ('lam', 'inf')),
+    'two losses for a label':        (lambda t: compare(dict(a='center(lam=[0.1,0.2])')), ('names 2 losses', 'one is wanted')),
+    'a typo in a dict of losses':    (lambda t: compare(dict(a='centre')), ("unknown loss 'centre'", "'center'")),
     'a class among the losses':      (lambda t: compare([CenterLoss]), ('instances of DiscLoss', 'CenterLoss')),
     'a loss of PyTorch to compare':  (lambda t: compare(dict(ce=nn.CrossEntropyLoss()), **quick), ('DiscLoss', 'CrossEntropyLoss')),
     'no epochs':                     (lambda t: compare(epochs=0), ('epochs', 'at least 1', '0')),
     'half an epoch':                 (lambda t: compare(epochs=0.5), ('epochs', 'at least 1', '0.5')),
     'no seeds':                      (lambda t: compare(seeds=0), ('seeds', 'at least 1', 'got 0')),
+    'half a seed':                   (lambda t: compare(seeds=3.5), ('seeds must be a whole number, or a list', '3.5')),
+    'no number of seeds':            (lambda t: compare(seeds=None), ('seeds must be a whole number, or a list', 'None')),
     'a seed twice':                  (lambda t: compare(seeds=[1,1]), ('seeds', 'different', '[1, 1]')),
     'images too small for a network': (lambda t: compare(arch='lenetpp', size=4, **quick), ('crossentropy: lenetpp', '(1, 4, 4)', 'channels first')),
     'a seed as number of seeds':     (lambda t: compare(seeds=20_261_126), ('seeds', 'at most 10,000', 'a list', '20,261,126')),
@@ -331,6 +335,7 @@ comparisons = {
     'learning rate of NaN':          (lambda t: compare(lr=math.nan), ('lr', 'positive', 'nan')),
     'learning rate of infinity':     (lambda t: compare(lr=math.inf), ('lr', 'positive', 'inf')),
     'a learning rate in words':      (lambda t: compare(lr='fast'), ('lr', "'fast'")),
+    'an array of bad rates':         (lambda t: compare(lr=np.array([.1,-1.])), ('lr', 'positive', '-1.0')),
     'a learning rate twice':         (lambda t: compare(lr=[.1,.1]), ('lr', 'different')),
     'negative weight decay':         (lambda t: compare(wd=-1.), ('wd', 'at least 0', '-1')),
     'no features':                   (lambda t: compare(n_feats=0), ('n_feats', 'at least 1', '0')),
@@ -473,6 +478,8 @@ def test_two_losses_of_one_label():
     a, b = torch.ones(12), torch.ones(12)
     b[-1] = 2
     assert list(parse_losses('center,center')) == ['center']
+    (k, (loss, fit)), = parse_entries(dict(a='center(lam=0.1, lr=0.02)')).items()
+    assert (k, loss.lam, fit) == ('a', 0.1, dict(lr=0.02))
     assert len(parse_losses([CenterLoss(weight=a), CenterLoss(weight=a.clone())])) == 1
     assert len(parse_losses([CenterLoss(weight=a), CenterLoss(weight=b)])) == 2
     assert list(parse_losses(dict(a=OwnLoss(), b=Other()))) == ['a', 'b']

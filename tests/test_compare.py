@@ -10,22 +10,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.torch_core import params
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.torch_core import TensorCategory, TensorImage, params
 from fastai.vision.data import ImageDataLoaders
 from matplotlib.axes import Axes
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binom
+from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 
 import discloss.runs as runs
-from discloss.bodies import bodies, lenetpp, small_body
-from discloss.compare import _announce, compare, estimate
-from discloss.comparison import Comparison, load_comparison
+from discloss.bodies import Body, bodies, lenetpp, small_body
+from discloss.compare import _announce, _incomplete, _worst, choose_arch, compare, estimate
+from discloss.comparison import Comparison, load_comparison, load_outputs, save_outputs
 from discloss.core import DiscLoss
-from discloss.data import image_dls
+from discloss.data import ImageTensors, image_dls
 from discloss.losses.center import CenterLoss
 from discloss.losses.cross_entropy import CrossEntropy
+from discloss.report import Findings, report_html
 from discloss.runs import choose_threads, default_arch, default_lr, guessing, loss_learner, run_loss, threads, trouble
 from discloss.statistics import better
 from discloss.store import append_result, read_results
@@ -166,11 +170,37 @@ def test_the_test_sees_no_augmentation(monkeypatch):
     for pad in 0,2: run_loss(CrossEntropy(), image_dls('digits', n_train=128, pad=pad), epochs=1)
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and len(seen[1]) == 128
 
+@pytest.mark.parametrize('part', ['test', 'validation'])
+@pytest.mark.parametrize('how', [dict(shuffle=True), dict(bs=64, drop_last=True), dict(bs=400, drop_last=True)], ids=str)
+def test_all_test_images_are_tested_in_order(part, how):
+    "However their loader is made"
+    dls = image_dls('digits', n_train=128, n_eval=150)
+    if part == 'validation': dls.loaders = dls.loaders[:2]
+    dls.loaders[-1] = dls.loaders[-1].new(**how)
+    dl, what = runs.test_loader(dls)
+    assert what == part and torch.equal(torch.cat([y for _,y in dl]), dls.loaders[-1].dataset.y)
+
+def test_a_test_set_is_compared_by_image():
+    dls = image_dls('digits', n_train=128, n_eval=150)
+    dls.loaders[2] = dls.loaders[2].new(shuffle=True)
+    cmp = compare('crossentropy,center', dls, epochs=1, seeds=2, show=False)
+    said = [o['targ'] for v in cmp.outputs.values() for o in v]
+    assert len(said) == 4 and all((targ == dls.loaders[2].dataset.y.numpy()).all() for targ in said)
+
 def row(label, seed, acc, wrong=None, **test):
     config = dict(data='made up', n=[1,1,1], arch='none', n_feats=None, epochs=1, bs=1, lr=.1, seed=seed)
     return dict(key=f'{label}{seed}', label=label, config=config, versions={}, device='cpu', seconds=1., epochs=[dict(accuracy=acc)], trouble=wrong,
                 test=dict(accuracy=acc, **test), valid=dict(accuracy=acc))
 def made(**scores): return Comparison([row(k, i, v) for k,vs in scores.items() for i,v in enumerate(vs)])
+
+def test_runs_on_other_images_are_not_compared_by_image():
+    "Nor are the images named that they all get wrong"
+    cmp = made(a=[.9,.9,.9], b=[.8,.8,.8])
+    targ, feats = np.arange(400) % 2, np.zeros((400,2))
+    for r in cmp.results: cmp._outputs[r['key']] = dict(targ=targ, pred=1-targ, feats=feats)
+    assert cmp.by_image and len(Findings(cmp).mistakes()) == 24
+    cmp._outputs['b1'] = dict(targ=1-targ, pred=targ, feats=feats)
+    assert not cmp.by_image and not Findings(cmp).mistakes() and _worst([*cmp._outputs.values()], None) is None
 
 def test_star_needs_every_other_loss():
     lead, good, bad = [.95,.962,.97], [.94,.95,.96], [.5,.5,.5]
@@ -258,7 +288,9 @@ def test_what_is_advised_is_what_may_help():
 
 def sizes(n_train, n_test):
     "Loaders of so many images in batches of 10"
-    class Loader(list): dataset = property(lambda self: range(10*len(self)))
+    class Loader(list):
+        dataset = property(lambda self: range(10*len(self)))
+        def new(self, **kwargs): return self
     loaders = [Loader(range(n//10)) for n in (n_train, n_test, n_test)]
     return SimpleNamespace(c=10, device='cpu', train=loaders[0], valid=loaders[1], loaders=loaders)
 
@@ -276,6 +308,62 @@ def test_what_is_said_to_be_shorter_is_shorter(capsys):
     assert 'n_train=300 ' in large and 'n_eval=1000' in large
     assert 'n_train' not in small and 'n_eval' not in small and 'fewer epochs or seeds' in small
     assert 'only 20 training steps' in small and 'training steps' not in large
+
+def test_the_work_of_all_inputs_is_counted():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2,4), nn.Linear(3,4)
+        def forward(self, x, z): return self.a(x)+self.b(z)
+    assert runs.multiply_adds(Both(), torch.zeros(5,2), torch.zeros(5,3)) == 5*4*(2+3)
+
+# ---- the data
+
+def test_a_folder_is_what_the_loaders_take_for_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in 'cifar10', 'photos': (tmp_path/name).mkdir()
+    assert choose_arch('photos') == choose_arch('~/photos') == choose_arch(Path('cifar10')) == ('resnet18', True)
+    assert choose_arch('cifar10') == ('resnet9', False) and choose_arch('') == choose_arch('~/none') == ('small_body', False)
+
+def test_loaders_are_normalized_for_each_network():
+    "And stay as they are; one of them was made from another"
+    def loader(): return TfmdDL([(TensorImage(torch.ones(3,4,4)), TensorCategory(0))]*4, bs=2, num_workers=0)
+    valid = loader()
+    dls = DataLoaders(loader(), valid, valid.new())
+    def first(dls): return [dl.one_batch()[0][0,:,0,0].tolist() for dl in dls.loaders]
+    for arch in 'resnet18', 'vit_tiny_patch16_224', 'resnet18':
+        mean, std = map(torch.tensor, runs.arch_stats(arch))
+        found = runs.normalize_for(dls, arch)
+        for v in first(found): assert v == pytest.approx(((1-mean)/std).tolist())
+        assert runs.normalize_for(found, 'vit_tiny_patch16_224') is found and first(dls) == [[1,1,1]]*3
+        assert found.train.dataset is dls.train.dataset
+
+def vectors(y=None, cls=TfmdDL, **kwargs):
+    "Loaders of 40 vectors in two classes"
+    ds = TensorDataset(torch.randn(40, 6), torch.arange(40) % 2 if y is None else y)
+    dls = DataLoaders(*(cls(ds, batch_size=8, num_workers=0, **kwargs) for _ in range(3)))
+    dls.c = 2
+    return dls
+def on_vectors(n_in): return Body(nn.Linear(n_in, 3), n_feats=3)
+
+def test_what_are_no_images_is_compared_too():
+    cmp = compare('crossentropy,center', vectors(), on_vectors, epochs=1, seeds=2, show=False)
+    assert cmp.by_image and cmp.worst is None and 'crossentropy' in report_html(cmp)
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+def test_images_of_any_channels_are_shown(channels):
+    from discloss.compare import _pixels
+    shown = _pixels(torch.rand(5, channels, 8, 6))
+    assert shown.shape == (5,8,6,3) and (channels > 2 or (shown == shown[...,:1]).all())
+
+def test_names_of_images_cost_nothing():
+    from discloss.compare import _ids
+    class Counted(ImageTensors):
+        def __getitem__(self, i): raise AssertionError('an image was made')
+    x, y = torch.zeros(3,1,4,4, dtype=torch.uint8), torch.tensor([0,1,0])
+    assert _ids(Counted(x, y, ['a','b']), [2,0]) == ['#2','#0']
+    assert _ids(Counted(x, y, ['a','b'], files=['p','q','r']), [2,0]) == ['r','p']
 
 # ---- the picture
 
@@ -460,6 +548,15 @@ def test_what_would_stop_a_run_stops_before_it(tmp_path, monkeypatch):
     assert 'validation loader has no batch: 0 samples' in said(dls=dls, arch='small_body')
     dls = own_pictures(tmp_path, valid_pct=0.5, bs=64)
     assert '8 samples make none of 64' in said(dls=dls, arch='small_body')
+    dls = image_dls('digits', n_train=128)
+    dls.test.dataset.y[3] = 17
+    assert 'test labels must be in 0..9, got 17' in said(dls=dls)
+    dls.loaders[2] = dls.test_dl([dls.valid_ds.x[0]]*20)
+    assert 'the test images have no labels' in said(dls=dls)
+    assert 'got torch.utils.data' in said(dls=vectors(cls=TorchLoader), arch=on_vectors, error=TypeError)
+    dls = vectors()
+    del dls.c
+    assert 'set dls.c' in said(dls=dls, arch=on_vectors)
     assert "got 'none'" in said([CenterLoss(reduction='none')])
     assert 'needs a new one, got Linear' in said(error=TypeError, arch=torch.nn.Linear(2,2))
     assert 'got 3 for center' in said(error=TypeError, cbs=lambda loss: 3)
@@ -490,6 +587,24 @@ compare('center', arch=partial(small_body, width=8), n_train=128, epochs=1, seed
     assert len((tmp_path/'results.jsonl').read_text().splitlines()) == 1
 
 # ---- the store
+
+def test_a_run_that_a_callback_stops_is_found_again(tmp_path, capsys):
+    def stop(loss): return EarlyStoppingCallback(monitor='accuracy', patience=1, min_delta=.9)
+    for _ in range(2): cmp = compare('crossentropy', cbs=stop, out=tmp_path, **{**quick, 'epochs': 5, 'show': True})
+    said = capsys.readouterr().out
+    assert len(cmp.results[0]['epochs']) == 2 and '1 of 1 runs' in said and 'passed over' not in said
+    row, file = json.loads((tmp_path/'results.jsonl').read_text()), tmp_path/'results.jsonl'
+    for n in 0, 6:
+        file.write_text(json.dumps({**row, 'epochs': n*row['epochs'][:1]})+'\n')
+        assert _incomplete(json.loads(file.read_text()))
+
+def test_features_of_any_size_are_kept(tmp_path):
+    feats = torch.tensor([[1e5,-1e9],[1.,torch.inf],[0.,2.]])
+    said = runs.outputs(feats, torch.eye(3), torch.arange(3))
+    save_outputs(tmp_path/'a.npz', said)
+    again = load_outputs(tmp_path/'a.npz')
+    assert again is not None and all((again[k] == said[k]).all() for k in said)
+    assert again['feats'].tolist() == [[65504,-65504],[1,65504],[0,2]]
 
 def test_two_processes_share_the_work(tmp_path):
     "Each run is done once, and both end with the same table"
