@@ -355,11 +355,13 @@ def _name_classes(cmp, fig, width):
 
 # %% ../nbs/13_comparison.ipynb #912d08a1
 def _curve(cmp, label):
-    "Validation accuracy, shape (n_seeds, n_epochs); NaN where a run had stopped"
+    "Validation accuracy, shape (n_seeds, n_epochs); a run that a callback stopped stays as it was"
     longest = max(1, *(len(r['epochs']) for r in cmp.results))
     curves = np.full((len(cmp.of(label)), longest), np.nan)
     for i,r in enumerate(cmp.of(label)):
+        n = len(r['epochs'])
         for j,e in enumerate(r['epochs']): curves[i,j] = _number(e.get('accuracy'))
+        if n and not r.get('trouble'): curves[i,n:] = curves[i,n-1] # Else NaN, it diverged
     return curves
 
 def _number(v): return math.nan if v is None else v

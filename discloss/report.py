@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 from matplotlib.markers import MarkerStyle
 from PIL import Image
 
-from .comparison import _signed, measures, same_images
+from .comparison import _curve, _signed, measures, same_images
 from .plot import (class_styles, ink, loss_style, plot_confusion, plot_curves,
                            plot_features, plot_scores)
 from .statistics import keeps_up, plot_differences, winner
@@ -305,13 +305,8 @@ def _differences(f):
 
 def _curves(f):
     "Validation accuracy by epoch"
-    def curve(r): return [_get(e, ['accuracy']) for e in r['epochs']]
-    fine = [k for k in f.labels if k not in f.failed]
-    runs = {k: [curve(r) for r in f.rows if r['label'] == k] for k in fine}
-    longest = max((len(e) for v in runs.values() for e in v), default=0)
-    if longest < 2: return None
-    whole = {k: v for k,v in runs.items() if {len(e) for e in v} == {longest}}
-    curves = {_wrap(k): np.array(v, float) for k,v in whole.items()}
+    curves = {_wrap(k): _curve(f.cmp, k) for k in f.labels if k not in f.failed}
+    if max((v.shape[1] for v in curves.values()), default=0) < 2: return None
     fig = plot_curves(curves, ylabel='validation accuracy', legend=False, size=(4.4,3))
     note = 'Validation accuracy after each epoch.' + _without(f)
     return _chart(fig, 'Learning curves of each loss', note)

@@ -27,6 +27,12 @@ def test_a_terminal_need_not_know_all_signs(monkeypatch):
         print('σ²R', flush=True)
     assert terminal.buffer.getvalue().split() == [rb'\u03c3\xb2R']
 
+def test_a_folder_at_home_is_no_typo(tmp_path, monkeypatch):
+    from discloss.command import _check
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path/'mnist2').mkdir()
+    _check('~/mnist2', None, None, False)
+
 def test_killed_and_started_again(tmp_path):
     "kill -9 in the middle: finished runs are kept to the byte, the rest is done, and the table is that of an undisturbed run"
     args = ['--epochs', '3', '--seeds', '3', '--n-train', '500', '--out']

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from discloss.comparison import Comparison
+from discloss.comparison import Comparison, _curve
 from discloss.report import *
 from discloss.statistics import against
 
@@ -75,6 +75,16 @@ cases = dict(two_classes=dict(n_classes=2), hundred_classes=dict(n_classes=100, 
              all_diverged=dict(broken=('crossentropy','center','arcface')), no_outputs=dict(outputs=False), no_features=dict(feats=False), no_images=dict(worst=False),
              bare=dict(outputs=False, feats=False, worst=False), one_epoch=dict(epochs=1), no_reference=dict(losses=('center','arcface')),
              eighteen=dict(losses=tuple(f'loss{i}(lam={i}, alpha=0.1)' for i in range(18)), seeds=2), names=dict(vocab=[nasty,'a'*80,'','ü 狗']))
+
+def test_runs_of_different_lengths_have_curves():
+    "As a callback leaves them that stops runs early"
+    cmp = made_up(losses=('crossentropy','center'), seeds=2)
+    for r,n in zip(cmp.results, (1,3,2,1)): r['epochs'] = n*r['epochs'][:1]
+    for i,r in enumerate(cmp.results): r['epochs'] = [dict(accuracy=.5+.1*i+.01*j) for j,_ in enumerate(r['epochs'])]
+    assert _curve(cmp, 'crossentropy') == pytest.approx(np.array([[.5,.5,.5],[.6,.61,.62]]))
+    page = check(report_html(cmp))
+    assert ('svg','aria-label','Learning curves of each loss') in page.attrs
+    assert 'diverged' not in page.text
 
 @pytest.mark.parametrize('case', cases)
 def test_every_kind_of_comparison_has_a_page(case, tmp_path):
