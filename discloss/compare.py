@@ -23,8 +23,8 @@ from .bodies import bodies
 from .comparison import (Comparison, load_outputs, same_images, save_comparison,
                                  save_outputs)
 from .core import DiscLoss
-from .data import (ImageTensors, check_data, counted, fingerprint, image_dls, image_sets,
-                           labels_of)
+from .data import (ImageTensors, _is_folder, check_data, counted, fingerprint,
+                           image_dls, labels_of)
 from .runs import (arch_name, arch_stats, choose_threads, default_arch, default_lr,
                            device_name, find_arch, frozen_epochs, loss_learner, multiply_adds,
                            normalize_for, run_loss, test_loader, threads, versions)
@@ -33,11 +33,6 @@ from .specs import (check_arch, check_budget, loss_label, parse_entries, read_ra
 from .store import append_result, claim, describe, plain, read_results, run_key
 
 # %% ../nbs/07_compare.ipynb #110fe7e7
-def _is_folder(data):
-    "As image_dls sees it: the name of a set is that set"
-    named = not isinstance(data, (str,Path)) or data in (*image_sets, '')
-    return not named and Path(data).expanduser().is_dir()
-
 def _data_name(data):
     "What the data are called in results"
     if isinstance(data, (str,Path)): return str(data)

@@ -1051,8 +1051,7 @@ def image_dls(
     if valid_pct is not None and not 0 < valid_pct < 1:
         raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     device = default_device() if device is None else _usable(device)
-    # A name of a set is that set, also where a folder has its name
-    folder = name not in (*image_sets, '') and Path(name).expanduser().is_dir()
+    folder = _is_folder(name)
     if folder:
         size, channels = size or 64, channels or 3
         preset = dict(valid_pct=0.2, pad=size//8, flip=True)
@@ -1087,6 +1086,11 @@ def image_dls(
     return res
 
 # %% ../nbs/03_data.ipynb #19b51ec4
+def _is_folder(data):
+    "A name of a set is that set, also where a folder has its name"
+    named = not isinstance(data, (str,Path)) or data in (*image_sets, '')
+    return not named and Path(data).expanduser().is_dir()
+
 def check_data(
     data, # What was given as data
     loss, # What was given as the loss or losses

@@ -20,8 +20,7 @@ from .compare import (_cbs_config, _check_cbs, _code_of, _file_hash, _load, _los
 from .core import Choice, DiscLoss, Number, Other
 from .data import check_data, counted, fingerprint
 from .plot import plot_style
-from .runs import (_train, arch_name, default_lr, loss_learner, normalize_for,
-                           threads, Watch)
+from .runs import _train, arch_name, default_lr, loss_learner, threads, Watch
 from .learner import quiet
 from .specs import check_budget, loss_label, parse_loss, read_spec
 from .store import _last_byte, _lock, make_folder, run_key
@@ -314,7 +313,6 @@ def tune(
     arch, pretrained = choose_arch(data, arch, pretrained, weights)
     tuned = pretrained or weights is not None
     dls = _load(data, arch, tuned, bs, device, data_kwargs)
-    if tuned: normalize_for(dls, arch)
     begin = dict(pretrained=pretrained, weights=weights) if tuned else {}
     rate = default_lr(arch, tuned) if lr is None else lr
     label = loss_label(loss)
