@@ -1007,6 +1007,11 @@ def _check_parts(parts, bs, channels, size):
         f"bs={bs} is more than the {n} training images: there would be no whole batch; "
         f"give bs={max(1, n//4)}, for example")
 
+def _is_folder(data):
+    "A name of a set is that set, also where a folder has its name"
+    named = not isinstance(data, (str,Path)) or data in (*image_sets, '')
+    return not named and Path(data).expanduser().is_dir()
+
 # %% ../nbs/03_data.ipynb #dfd60323
 def image_dls(
     # `digits`, `mnist`, `fashion_mnist`, `cifar10`, `cifar100`, a file
@@ -1086,11 +1091,6 @@ def image_dls(
     return res
 
 # %% ../nbs/03_data.ipynb #19b51ec4
-def _is_folder(data):
-    "A name of a set is that set, also where a folder has its name"
-    named = not isinstance(data, (str,Path)) or data in (*image_sets, '')
-    return not named and Path(data).expanduser().is_dir()
-
 def check_data(
     data, # What was given as data
     loss, # What was given as the loss or losses
