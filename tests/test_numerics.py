@@ -187,7 +187,7 @@ def test_what_a_head_keeps_moves_in_a_model_of_half_precision(name, dtype):
     for k in moved: torch.testing.assert_close(half.state_dict()[k].float(), state[k].float(), rtol=0.02, atol=0.02)
 
 def test_a_head_of_bfloat16_counts_on():
-    loss, y = all_losses()['pod'](), torch.arange(40) % 4
+    loss, y = all_losses()['pod'](), torch.arange(33) % 4
     head = loss.head(16, 4).bfloat16().train()
-    for _ in range(10): loss(head(torch.randn(40, 16).bfloat16()), y)
-    assert head.norms[1] == 400
+    for _ in range(20): loss(head(torch.randn(33, 16).bfloat16()), y)
+    assert head.norms[1] == 660
